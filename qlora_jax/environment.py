@@ -1,0 +1,93 @@
+"""Where a figure comes from: device, versions and the commit, for `summary.json`.
+
+The host's name and the user's are left out: a summary is made to be shown.
+"""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# As they are installed; importlib.metadata knows a version without importing the package.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "qlora_jax")
+
+
+def describe() -> dict[str, Any]:
+  """Describes the machine and the software; starts JAX's backend if it is not running.
+
+  Returns:
+    `device`: `{"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1}`, of all processes;
+    `host`: operating system, architecture and CPU cores this process may use;
+    `versions`: of Python and the packages, None for one that is not installed;
+    `git`: `git_state` of this package's own repository, None outside of one.
+  """
+  devices = jax.devices()
+  return {
+    "device": {
+      "platform": devices[0].platform,
+      "kind": devices[0].device_kind,
+      "count": len(devices),
+      "processes": jax.process_count(),
+    },
+    "host": {
+      "system": platform.system(),
+      "machine": platform.machine(),
+      "cpu_cores": _cpu_cores(),
+    },
+    "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+    "git": git_state(Path(__file__)),
+  }
+
+
+def git_state(file: Path) -> dict[str, Any] | None:
+  """The commit that `file` stands at.
+
+  Args:
+    file: a source file.
+
+  Returns:
+    `{"commit": 40 hex digits, "dirty": bool}`. Dirty, as `git describe --dirty` means it: a tracked
+    file of the repository differs from the commit. None where there is no git, no commit, or the
+    repository around the file does not track it (a package installed below somebody's project).
+  """
+
+  def git(*arguments: str) -> str | None:
+    try:
+      result = subprocess.run(
+        ["git", "-C", str(file.parent), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        stdin=subprocess.DEVNULL,
+        # No lock is taken: the user may be committing in this very moment.
+        env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+      )
+    except (OSError, subprocess.TimeoutExpired):
+      return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+  if git("ls-files", "--error-unmatch", file.name) is None:
+    return None
+  commit = git("rev-parse", "--verify", "HEAD")
+  changes = git("status", "--porcelain", "--untracked-files=no")
+  if commit is None or changes is None:
+    return None
+  return {"commit": commit, "dirty": changes != ""}
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _cpu_cores() -> int | None:
+  # Containers and `taskset` give a process fewer than the machine has.
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count()

@@ -191,9 +191,7 @@ def _quantize_matrix(w, codebook, block_size, nested_block_size, scale_dtype) ->
   )
 
 
-def _scale(
-  w: jax.Array, codebook: Codebook, block_size: int
-) -> tuple[jax.Array, jax.Array | None]:
+def _scale(w: jax.Array, codebook: Codebook, block_size: int) -> tuple[jax.Array, jax.Array | None]:
   """`[K, N]` → the blocks' float32 scales and their zero-points, `[ceil(K / B), N]`."""
   if codebook.scale == "absmax":
     scale = _block_max(jnp.abs(w), block_size)
@@ -299,9 +297,7 @@ def decode(w: QuantizedTensor, dtype: DTypeLike) -> list[jax.Array]:
   if w.zero is not None:
     zeros = split_rows(_rows(w.zero.astype(jnp.float32), k, w.block_size), w.bits, 0)
     weights = [weight - zero for weight, zero in zip(weights, zeros, strict=True)]
-  return [
-    (weight * scale).astype(dtype) for weight, scale in zip(weights, scales, strict=True)
-  ]
+  return [(weight * scale).astype(dtype) for weight, scale in zip(weights, scales, strict=True)]
 
 
 def _rows(blocks: jax.Array, k: int, block_size: int) -> jax.Array:

@@ -120,9 +120,7 @@ class QuantizedTensor:
     return 8 * self.nbytes / self.size
 
 
-_register(
-  QuantizedTensor, ["codes", "scales", "levels", "zero"], ["bits", "block_size", "padding"]
-)
+_register(QuantizedTensor, ["codes", "scales", "levels", "zero"], ["bits", "block_size", "padding"])
 
 
 def is_quantized(x: object) -> bool:
@@ -188,9 +186,7 @@ def pack(codes: jax.Array, bits: int) -> tuple[jax.Array, int]:
   if bits == 3:
     word = sum(part.astype(jnp.uint32) << np.uint32(3 * j) for j, part in enumerate(parts))
     # [groups, 3, full, N]: the low bytes of all words, then the middle ones, then the high.
-    packed = jnp.stack(
-      [(word >> np.uint32(8 * b)).astype(jnp.uint8) for b in range(3)], axis=1
-    )
+    packed = jnp.stack([(word >> np.uint32(8 * b)).astype(jnp.uint8) for b in range(3)], axis=1)
   else:
     packed = parts[0]
     for j, part in enumerate(parts[1:], 1):
@@ -206,9 +202,7 @@ def unpack(packed: jax.Array, bits: int, padding: int) -> list[jax.Array]:
   if bits == 3:
     low, middle, high = jnp.moveaxis(packed.reshape(groups, 3, full, n), 1, 0).astype(jnp.uint32)
     word = low | (middle << np.uint32(8)) | (high << np.uint32(16))
-    parts = [
-      ((word >> np.uint32(3 * j)) & np.uint32(7)).astype(jnp.uint8) for j in range(count)
-    ]
+    parts = [((word >> np.uint32(3 * j)) & np.uint32(7)).astype(jnp.uint8) for j in range(count)]
   else:
     packed = packed.reshape(groups, full, n)
     mask = np.uint8(2**bits - 1)

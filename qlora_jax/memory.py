@@ -1,0 +1,129 @@
+"""What a run will hold, by part, counted before anything is loaded."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+
+from qlora_jax import tree_paths
+from qlora_jax.lora import LoRAConfig
+from qlora_jax.lora import init as init_lora
+from qlora_jax.models.transformer import Transformer
+from qlora_jax.quantization import Treatment, quantize_tree
+from qlora_jax.quantized_tensor import QuantizedTensor, is_quantized
+from qlora_jax.train import TrainState, init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+  """Bytes of a training run, by part, and the shapes they were counted from.
+
+  Attributes:
+    base: the frozen tree: packed weights, and the others as they are stored.
+    adapters: the trained parameters.
+    optimizer: its state.
+    activations: temporaries of the compiled train step. Compiled for the CPU, which keeps
+      bfloat16 products in float32: an accelerator needs less.
+    frozen: shapes of the base, `jax.ShapeDtypeStruct` leaves.
+    state: shapes of the TrainState.
+  """
+
+  base: int
+  adapters: int
+  optimizer: int
+  activations: int
+  frozen: Any
+  state: TrainState
+
+
+def tree_bytes(tree: Any) -> int:
+  """Of all leaves, arrays or shapes."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def quantized_bits(frozen: Any) -> float | None:
+  """Bits a weight, scales and tables included, over the quantized weights; None without any."""
+  packed = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_quantized) if is_quantized(leaf)]
+  if not packed:
+    return None
+  return 8 * sum(leaf.nbytes for leaf in packed) / sum(leaf.size for leaf in packed)
+
+
+def abstract_base(
+  model: Transformer, rules: Mapping[str, Treatment], storage_dtype: DTypeLike
+) -> Any:
+  """The shapes of the base that `hf.load` would make, with nothing allocated."""
+
+  def make(key):
+    frozen = model.init(key, jnp.zeros((1, 2), jnp.int32))["frozen"]
+    frozen = jax.tree.map(lambda w: w.astype(storage_dtype), frozen)
+    return quantize_tree(frozen, rules)
+
+  return jax.eval_shape(make, jax.random.key(0))
+
+
+def footprint(
+  model: Transformer,
+  frozen: Any,
+  lora: LoRAConfig,
+  optimizer: optax.GradientTransformation,
+  *,
+  batch_shape: tuple[int, int, int],
+  packed_rows: bool,
+  loss_chunk: int,
+) -> Footprint:
+  """Counts a run's bytes from shapes, compiling its train step for the CPU.
+
+  Args:
+    frozen: arrays or shapes.
+    batch_shape: (accumulate_steps, batch_size, seq_len).
+    packed_rows: whether rows hold several documents, with segment ids.
+  """
+
+  def make(key, frozen):
+    return init_state(*init_lora(key, frozen, lora), optimizer, seed=0, dtype=model.dtype)
+
+  state = jax.eval_shape(make, jax.random.key(0), frozen)
+  ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
+  batch = {
+    "tokens": ids,
+    "targets": ids,
+    "loss_mask": jax.ShapeDtypeStruct(batch_shape, jnp.bool_),
+  }
+  if packed_rows:
+    batch |= {"segment_ids": ids, "positions": ids}
+  step = make_train_step(model, optimizer, loss_chunk)
+  analysis = step.lower(state, frozen, batch).compile().memory_analysis()  # pyright: ignore[reportFunctionMemberAccess]
+  return Footprint(
+    base=tree_bytes(frozen),
+    adapters=tree_bytes(state.params),
+    optimizer=tree_bytes(state.opt_state),
+    activations=analysis.temp_size_in_bytes,
+    frozen=frozen,
+    state=state,
+  )
+
+
+def weight_table(frozen: Any, state: TrainState) -> list[tuple[str, str, str, str]]:
+  """A row a weight: path, shape, how it is stored, its adapter."""
+  ranks = {
+    path.removesuffix("/lora_a"): leaf.shape[-1]
+    for path, leaf in tree_paths.leaves(state.params).items()
+    if path.endswith("/lora_a")
+  }
+  rows = []
+  for path, leaf in tree_paths.leaves(frozen, is_leaf=is_quantized).items():
+    shape = "×".join(map(str, leaf.shape))
+    rank = ranks.get(tree_paths.module(path))
+    rows.append((path, shape, _treatment(leaf), "" if rank is None else f"LoRA rank {rank}"))
+  return rows
+
+
+def _treatment(leaf: Any) -> str:
+  if not isinstance(leaf, QuantizedTensor):
+    return str(leaf.dtype)
+  return f"{leaf.bits}-bit codes, block {leaf.block_size}, {leaf.bits_per_param:.3f} bits a weight"

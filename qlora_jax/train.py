@@ -1,0 +1,328 @@
+"""The train step and the loop around it.
+
+`train_step(state, frozen, batch)` is pure and jitted; it donates `state`, which holds the
+adapters and their optimizer and nothing of the base. A step's randomness comes from the
+state's key and step number, its batch from the seed and the step number, so that a run that
+was killed goes on to the same numbers.
+"""
+
+import dataclasses
+import math
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import DTypeLike
+
+from qlora_jax.checkpoints import Checkpoints
+from qlora_jax.config import TrainConfig
+from qlora_jax.losses import chunked_cross_entropy
+from qlora_jax.metrics import MetricsWriter, Progress
+from qlora_jax.models.transformer import Transformer
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+
+# float16 starts here, doubles after so many good steps and halves at an overflow.
+_FIRST_LOSS_SCALE = 2.0**15
+_LOSS_SCALE_PERIOD = 200
+
+
+class NonFiniteLossError(RuntimeError):
+  """The loss or the gradient became NaN or infinite; the message names the step."""
+
+
+class Interrupted(Exception):
+  """SIGINT or SIGTERM came; the state was saved. `signal_number` says which."""
+
+  def __init__(self, signal_number: int, step: int):
+    super().__init__(f"{signal.Signals(signal_number).name} at step {step}")
+    self.signal_number = signal_number
+    self.step = step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """What a step changes, and what a checkpoint holds.
+
+  Attributes:
+    step: optimizer steps done, int32, skipped ones included.
+    params: the adapters, float32.
+    constants: their scalings, ranks and dropout rates; never trained.
+    opt_state: Optax's, of params alone.
+    key: `[2]` uint32, the raw data of the dropout key.
+    loss_scale: float32; 1 but for float16.
+    good_steps: int32, since the loss scale last changed.
+    skipped: int32, steps whose gradient overflowed and was thrown away (float16 alone).
+  """
+
+  step: jax.Array
+  params: Any
+  constants: Any
+  opt_state: Any
+  key: jax.Array
+  loss_scale: jax.Array
+  good_steps: jax.Array
+  skipped: jax.Array
+
+
+def init_state(
+  params: Any,
+  constants: Any,
+  optimizer: optax.GradientTransformation,
+  *,
+  seed: int,
+  dtype: DTypeLike,
+) -> TrainState:
+  """A state at step 0.
+
+  Args:
+    params, constants: from `lora.init`, or a whole float32 base as params.
+    seed: of dropout.
+    dtype: the model's compute dtype; float16 gets a loss scale.
+  """
+  scale = _FIRST_LOSS_SCALE if jnp.dtype(dtype) == jnp.float16 else 1.0
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    constants=constants,
+    opt_state=optimizer.init(params),
+    key=jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
+    loss_scale=jnp.asarray(scale, jnp.float32),
+    good_steps=jnp.zeros((), jnp.int32),
+    skipped=jnp.zeros((), jnp.int32),
+  )
+
+
+def batch_loss(
+  model: Transformer,
+  variables: Mapping[str, Any],
+  batch: Batch,
+  loss_chunk: int,
+  dropout_key: jax.Array | None = None,
+) -> jax.Array:
+  """The summed cross entropy of a `[B, T]` batch, in nats.
+
+  Args:
+    batch: `tokens`, `targets`, `loss_mask`, and `segment_ids` and `positions` where rows hold
+      several documents.
+    loss_chunk: tokens whose logits exist at once.
+  """
+  hidden = model.apply(
+    variables,
+    batch["tokens"],
+    batch.get("segment_ids"),
+    batch.get("positions"),
+    method="hidden",
+    rngs=None if dropout_key is None else {"dropout": dropout_key},
+  )
+
+  def logits(hidden):
+    return model.apply(variables, hidden, method="logits")
+
+  return chunked_cross_entropy(logits, hidden, batch["targets"], batch["loss_mask"], loss_chunk)
+
+
+def make_train_step(
+  model: Transformer, optimizer: optax.GradientTransformation, loss_chunk: int = 1024
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+  """Builds the jitted `train_step(state, frozen, batch) → (state, metrics)`.
+
+  The batch's arrays are `[A, B, T]`: A microbatches, whose gradients are summed and divided
+  once by the count of all their targets, so that accumulation is exact for unequal counts
+  (never a mean of means).
+
+  Under float16 the loss is multiplied by a scale; a step whose gradient overflows changes
+  nothing but halves the scale and is counted in `skipped`.
+
+  Metrics: `loss` (nats a target), `grad_norm` (before clipping), `targets`, `loss_scale`,
+  `skipped`, all scalars.
+  """
+  scaled = jnp.dtype(model.dtype) == jnp.float16
+
+  def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    targets = batch["loss_mask"].sum(dtype=jnp.int32)
+    # 1 in place of 0: a batch without targets has loss 0 and changes nothing.
+    share = state.loss_scale / jnp.maximum(targets, 1).astype(jnp.float32)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
+
+    def loss(params, microbatch, i):
+      variables = {"params": params, "constants": state.constants, "frozen": frozen}
+      total = batch_loss(model, variables, microbatch, loss_chunk, jax.random.fold_in(key, i))
+      return total * share
+
+    def accumulate(sums, microbatch):
+      loss_sum, grads, i = sums
+      value, grad = jax.value_and_grad(loss)(state.params, microbatch, i)
+      return (loss_sum + value, jax.tree.map(jnp.add, grads, grad), i + 1), None
+
+    zeros = (
+      jnp.zeros((), jnp.float32),
+      jax.tree.map(jnp.zeros_like, state.params),
+      jnp.zeros((), jnp.int32),
+    )
+    (value, grads, _), _ = jax.lax.scan(accumulate, zeros, dict(batch))
+    value = value / state.loss_scale
+    grads = jax.tree.map(lambda g: g / state.loss_scale.astype(g.dtype), grads)
+    grad_norm = optax.global_norm(grads)
+    # Optax mixes dtypes freely.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+    new = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+    if scaled:
+      new = _keep_if_finite(state, new, jnp.isfinite(grad_norm) & jnp.isfinite(value))
+    metrics = {
+      "loss": value,
+      "grad_norm": grad_norm,
+      "targets": targets,
+      "loss_scale": new.loss_scale,
+      "skipped": new.skipped,
+    }
+    return new, metrics
+
+  return jax.jit(train_step, donate_argnums=0)
+
+
+def _keep_if_finite(old: TrainState, new: TrainState, finite: jax.Array) -> TrainState:
+  """`new` where its gradient was finite, else `old` with half the loss scale, one step on."""
+
+  def pick(new, old):
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+  grow = new.good_steps + 1 >= _LOSS_SCALE_PERIOD
+  grown = jnp.where(grow, old.loss_scale * 2, old.loss_scale)
+  return dataclasses.replace(
+    new,
+    params=pick(new.params, old.params),
+    opt_state=pick(new.opt_state, old.opt_state),
+    loss_scale=jnp.where(finite, grown, old.loss_scale / 2),
+    good_steps=jnp.where(finite & ~grow, old.good_steps + 1, 0),
+    skipped=old.skipped + (~finite).astype(jnp.int32),
+  )
+
+
+class BatchSource(Protocol):
+  """What `fit` trains on: `data.Batches`, or one's own."""
+
+  def batch(self, step: int, /) -> Batch:
+    """The `[A, B, T]` arrays of one optimizer step, a pure function of its number."""
+    ...
+
+
+class SignalGuard:
+  """Turns the first SIGINT or SIGTERM into a flag; a second one ends the process as usual.
+
+  with SignalGuard() as guard: … guard.received
+  """
+
+  def __init__(self):
+    self.received: int | None = None
+    self._previous: dict[int, Any] = {}
+
+  def _receive(self, number, frame):
+    del frame
+    self.received = number
+    self.__exit__()
+
+  def __enter__(self):
+    for number in (signal.SIGINT, signal.SIGTERM):
+      self._previous[number] = signal.signal(number, self._receive)
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+    self._previous.clear()
+
+
+def fit(
+  state: TrainState,
+  *,
+  train_step: Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]],
+  frozen: Any,
+  batches: BatchSource,
+  cfg: TrainConfig,
+  learning_rate: Callable[[int], Any],
+  guard: SignalGuard,
+  evaluate: Callable[[TrainState], float] | None = None,
+  checkpoints: Checkpoints | None = None,
+  writer: MetricsWriter | None = None,
+  description: str = "train",
+) -> TrainState:
+  """Trains from `state.step` to `cfg.steps`.
+
+  Saves every `cfg.checkpoint_every` steps, at the end, and when a signal came; a state is
+  saved only once its loss is known to be finite. Metrics are read one step late, so that the
+  host never waits for the device but to log, to evaluate and to save.
+
+  Args:
+    batches: of step i is `batches.batch(i)`.
+    learning_rate: by step, for the record.
+    evaluate: held-out loss of a state, in nats a token.
+    writer: gets `loss`, `grad_norm`, …, `held_out_loss`.
+
+  Raises:
+    NonFiniteLossError: the last good checkpoint stays.
+    Interrupted: a signal came, and the state was saved.
+  """
+  start = int(state.step)
+  pending: tuple[int, Metrics] | None = None
+
+  def settle(progress: Progress) -> None:
+    nonlocal pending
+    if pending is None:
+      return
+    step, metrics = pending
+    pending = None
+    values = {name: np.asarray(value).item() for name, value in metrics.items()}
+    _check(step, values)
+    progress.advance(tokens=values["targets"])
+    if step % cfg.log_every == 0 or step == cfg.steps:
+      speed = progress.log({"loss": values["loss"]})
+      if writer is not None:
+        rate = float(learning_rate(step - 1))
+        writer.write(step, {**values, "learning_rate": rate, "tokens_per_second": speed})
+
+  with Progress(cfg.steps, initial_step=start, description=description) as progress:
+    for step in range(start + 1, cfg.steps + 1):
+      state, metrics = train_step(state, frozen, batches.batch(step - 1))
+      settle(progress)
+      pending = (step, metrics)
+      last = step == cfg.steps
+      # Evaluated before it is saved: a run that resumes here has the line already.
+      if evaluate is not None and (last or step % cfg.eval_every == 0):
+        settle(progress)
+        loss = evaluate(state)
+        progress.log({"held-out loss": loss})
+        if writer is not None:
+          writer.write(step, {"held_out_loss": loss})
+      if guard.received is not None or last or step % cfg.checkpoint_every == 0:
+        settle(progress)
+        if checkpoints is not None:
+          checkpoints.save(step, state)
+      if guard.received is not None:
+        if checkpoints is not None:
+          checkpoints.wait()
+        raise Interrupted(guard.received, step)
+    settle(progress)
+  if checkpoints is not None:
+    checkpoints.wait()
+  return state
+
+
+def _check(step: int, values: Mapping[str, float]) -> None:
+  if values["loss_scale"] != 1.0 and values["loss_scale"] >= 1.0:
+    # float16: an overflow was skipped and halves the scale; only its end is an error.
+    return
+  for name in ("loss", "grad_norm"):
+    if not math.isfinite(values[name]):
+      raise NonFiniteLossError(
+        f"step {step}: {name} is {values[name]}; training stopped. Lower "
+        "optimizer.learning_rate, or set optimizer.clip_norm; float16 may need model.dtype=bfloat16"
+      )

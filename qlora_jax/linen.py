@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax import lora
 from qlora_jax.matmul import quantized_matmul
-from qlora_jax.quantized_tensor import QuantizedTensor, is_quantized
+from qlora_jax.quantized_tensor import QuantizedTensor
 
 Initializer = Callable[..., jax.Array]
 
@@ -39,6 +39,21 @@ def weight(
   if tuple(value.shape) != shape:
     path = "/".join((*module.path, name))
     raise ValueError(f"{path}: shape {tuple(value.shape)}; the model's is {shape}")
+  return value
+
+
+def plain_weight(
+  module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]
+) -> jax.Array:
+  """`weight`, for those that are read other than by a product: tables, biases, norms.
+
+  Raises:
+    ValueError: it is packed; the message names its path.
+  """
+  value = weight(module, name, init, shape)
+  if isinstance(value, QuantizedTensor):
+    path = "/".join((*module.path, name))
+    raise ValueError(f"{path}: packed; only the kernels of products are read packed")
   return value
 
 
@@ -67,7 +82,7 @@ class QDense(nn.Module):
     x = x.astype(self.dtype)
     output_dtype = self.dtype if self.output_dtype is None else self.output_dtype
     kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
-    if is_quantized(kernel):
+    if isinstance(kernel, QuantizedTensor):
       y = quantized_matmul(x, kernel, implementation=self.implementation).astype(output_dtype)
     else:
       y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -75,7 +90,7 @@ class QDense(nn.Module):
     if self.has_variable("params", "lora_a"):
       y = y + self._adapter(x).astype(output_dtype)
     if self.use_bias:
-      bias = weight(self, "bias", nn.initializers.zeros_init(), (self.features,))
+      bias = plain_weight(self, "bias", nn.initializers.zeros_init(), (self.features,))
       y = y + jax.lax.broadcast_in_dim(bias.astype(output_dtype), y.shape, (y.ndim - 1,))
     return y
 

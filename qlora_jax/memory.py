@@ -1,19 +1,16 @@
 """What a run will hold, by part, counted before anything is loaded."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
 from qlora_jax import tree_paths
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.lora import init as init_lora
 from qlora_jax.models.transformer import Transformer
-from qlora_jax.quantization import Treatment, quantize_tree
 from qlora_jax.quantized_tensor import QuantizedTensor, is_quantized
 from qlora_jax.train import TrainState, init_state, make_train_step
 
@@ -51,19 +48,6 @@ def quantized_bits(frozen: Any) -> float | None:
   if not packed:
     return None
   return 8 * sum(leaf.nbytes for leaf in packed) / sum(leaf.size for leaf in packed)
-
-
-def abstract_base(
-  model: Transformer, rules: Mapping[str, Treatment], storage_dtype: DTypeLike
-) -> Any:
-  """The shapes of the base that `hf.load` would make, with nothing allocated."""
-
-  def make(key):
-    frozen = model.init(key, jnp.zeros((1, 2), jnp.int32))["frozen"]
-    frozen = jax.tree.map(lambda w: w.astype(storage_dtype), frozen)
-    return quantize_tree(frozen, rules)
-
-  return jax.eval_shape(make, jax.random.key(0))
 
 
 def footprint(

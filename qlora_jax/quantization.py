@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from qlora_jax import codebooks, tree_paths
@@ -18,7 +19,6 @@ from qlora_jax.quantized_tensor import (
   is_quantized,
   join_rows,
   pack,
-  plane_rows,
   restore_scales,
   split_rows,
   unpack,
@@ -122,7 +122,7 @@ def quantize(
     raise TypeError(f"quantize: dtype {w.dtype}; a weight is of a float dtype")
   if w.ndim < 2 or 0 in w.shape:
     raise ValueError(f"quantize: shape {w.shape}; a weight is [..., K, N] with no empty axis")
-  if not isinstance(w, jax.core.Tracer):
+  if not isinstance(w, Tracer):
     _check_finite(w)
   return _quantize(
     w, codebook, block_size, nested_block_size if double_quantization else None, scale_dtype
@@ -156,7 +156,7 @@ _quantize = jax.jit(_quantize_tree_of_matrices, static_argnums=(1, 2, 3, 4))
 
 
 def _quantize_matrix(w, codebook, block_size, nested_block_size, scale_dtype) -> QuantizedTensor:
-  k, n = w.shape
+  k, _ = w.shape
   whole = k // block_size * block_size
   exact, zero = _scale(w, codebook, block_size)
   if nested_block_size is not None:
@@ -341,7 +341,7 @@ def quantize_tree(params: Any, rules: Mapping[str, Treatment]) -> Any:
   >>> quantize_tree(params, {"*/mlp/*": QuantizationConfig(), "embed/*": jnp.bfloat16})
   """
   flat = tree_paths.leaves(params, is_leaf=is_quantized)
-  treatments = {path: _treatment(path, leaf, rules) for path, leaf in flat.items()}
+  chosen = treatments(params, rules)
   virtual = {path: _virtual(path, leaf) for path, leaf in flat.items()}
   for pattern, treatment in rules.items():
     hit = [
@@ -360,7 +360,7 @@ def quantize_tree(params: Any, rules: Mapping[str, Treatment]) -> Any:
 
   def treat(path, leaf):
     path = tree_paths.path_string(path)
-    treatment = treatments[path]
+    treatment = chosen[path]
     if treatment is None or (
       isinstance(treatment, QuantizationConfig) and not _is_matrix(path, leaf)
     ):
@@ -375,6 +375,16 @@ def quantize_tree(params: Any, rules: Mapping[str, Treatment]) -> Any:
       raise type(error)(f"{path}: {error}") from None
 
   return jax.tree_util.tree_map_with_path(treat, params, is_leaf=is_quantized)
+
+
+def treatments(params: Any, rules: Mapping[str, Treatment]) -> dict[str, Treatment]:
+  """What `quantize_tree` does with each leaf, by path; None where no rule applies.
+
+  Raises:
+    ValueError: rules that disagree.
+  """
+  flat = tree_paths.leaves(params, is_leaf=is_quantized)
+  return {path: _treatment(path, leaf, rules) for path, leaf in flat.items()}
 
 
 def _virtual(path: str, leaf: Any) -> list[str]:

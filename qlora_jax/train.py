@@ -113,7 +113,7 @@ def batch_loss(
       several documents.
     loss_chunk: tokens whose logits exist at once.
   """
-  hidden = model.apply(
+  hidden: Any = model.apply(
     variables,
     batch["tokens"],
     batch.get("segment_ids"),
@@ -122,7 +122,7 @@ def batch_loss(
     rngs=None if dropout_key is None else {"dropout": dropout_key},
   )
 
-  def logits(hidden):
+  def logits(hidden) -> Any:
     return model.apply(variables, hidden, method="logits")
 
   return chunked_cross_entropy(logits, hidden, batch["targets"], batch["loss_mask"], loss_chunk)

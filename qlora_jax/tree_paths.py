@@ -11,6 +11,7 @@ A pattern is a shell pattern (`*`, `?`, `[0-9]`), matched against the whole path
 
 import difflib
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -43,8 +44,7 @@ def is_stacked(path: str) -> bool:
   """
   parts = path.split("/")
   return any(
-    part == _STACK and not following.isdigit()
-    for part, following in zip(parts, parts[1:], strict=False)
+    part == _STACK and not following.isdigit() for part, following in itertools.pairwise(parts)
   )
 
 

@@ -6,7 +6,7 @@ differs between families is data in TransformerConfig; how their files name thin
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qlora_jax.linen import QDense, weight
+from qlora_jax.linen import QDense, plain_weight
 
 RematPolicy = Literal["none", "full"]
 
@@ -112,7 +112,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = weight(self, "scale", nn.initializers.ones_init(), x.shape[-1:])
+    scale = plain_weight(self, "scale", nn.initializers.ones_init(), x.shape[-1:])
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
     scale = jax.lax.broadcast_in_dim(scale.astype(self.dtype), x.shape, (x.ndim - 1,))
@@ -213,7 +213,7 @@ class Embed(nn.Module):
 
   def setup(self):
     shape = (self.vocab_size, self.features)
-    self.embedding = weight(self, "embedding", nn.initializers.normal(0.02), shape)
+    self.embedding = plain_weight(self, "embedding", nn.initializers.normal(0.02), shape)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
@@ -254,7 +254,7 @@ class Transformer(nn.Module):
       block,
       variable_axes={"params": 0, "frozen": 0, "constants": 0},
       split_rngs={"params": True, "dropout": True},
-      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
       length=config.num_layers,
     )(config, self.dtype, self.implementation)
     self.final_norm = RMSNorm(config.norm_eps, self.dtype)
@@ -280,15 +280,14 @@ class Transformer(nn.Module):
     Returns:
       `[B, T, V]` float32; with a cache, (logits, the new cache).
     """
-    hidden = self.hidden(tokens, segment_ids, positions, cache)
     if cache is None:
-      return self.logits(hidden)
-    hidden, cache = hidden
+      return self.logits(self.hidden(tokens, segment_ids, positions))
+    hidden, cache = self.hidden(tokens, segment_ids, positions, cache)
     return self.logits(hidden), cache
 
-  def hidden(self, tokens, segment_ids=None, positions=None, cache=None):
+  def hidden(self, tokens, segment_ids=None, positions=None, cache=None) -> Any:
     """`[B, T, D]` after the last norm, for a loss that takes the head in chunks."""
-    mask, index, layers_cache = None, None, None
+    mask, index, layers_cache, slots = None, None, None, None
     if cache is not None:
       if segment_ids is None:
         segment_ids = jnp.ones(tokens.shape, jnp.int32)
@@ -316,11 +315,14 @@ class Transformer(nn.Module):
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
     rotary = (jnp.cos(angles), jnp.sin(angles))
 
-    x, layers_cache = self.layers(self.embed(tokens), rotary, mask, index, layers_cache)
+    x: Any
+    written: Any
+    x, written = self.layers(self.embed(tokens), rotary, mask, index, layers_cache)
     x = self.final_norm(x)
     if cache is None:
       return x
-    return x, {**layers_cache, "segment_ids": slots, "index": index + tokens.shape[1]}
+    index = cache["index"] + tokens.shape[1]
+    return x, {"k": written["k"], "v": written["v"], "segment_ids": slots, "index": index}
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """`[..., D] → [..., V]` float32: the head."""

@@ -1,0 +1,156 @@
+"""What differs between model families: a table of config readers and tensor names.
+
+A family is one row of `FAMILIES`: how its config.json becomes a TransformerConfig, and under
+which names its files keep our leaves. The decoder itself is one for all.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qlora_jax.models.transformer import RopeScaling, TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """One row of the table.
+
+  Attributes:
+    model_type: as config.json says it.
+    config: its fields → the architecture; refuses what it does not support, by name.
+    names: our leaf's path → the tensor's name in the file, with `{layer}` in a stack. A kernel
+      is stored transposed there, [out, in].
+  """
+
+  model_type: str
+  config: Callable[[Mapping[str, Any]], TransformerConfig]
+  names: Mapping[str, str]
+
+
+def _field(raw: Mapping[str, Any], name: str) -> Any:
+  if raw.get(name) is None:
+    raise ValueError(f"config.json: {name}: missing; a {raw.get('model_type')} config has it")
+  return raw[name]
+
+
+def _only(raw: Mapping[str, Any], name: str, *supported: Any) -> None:
+  if name in raw and raw[name] not in supported:
+    choices = ", ".join(map(repr, supported))
+    raise ValueError(f"config.json: {name}: {raw[name]!r} is not supported; {choices} is")
+
+
+def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+  """(theta, scaling), from transformers 5's `rope_parameters` or 4's two fields."""
+  rope = raw.get("rope_parameters") or {
+    **(raw.get("rope_scaling") or {}),
+    "rope_theta": raw.get("rope_theta", 10000.0),
+  }
+  theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind == "default":
+    return theta, None
+  if kind != "llama3":
+    raise ValueError(f"config.json: rope_type: {kind!r} is not supported; 'default', 'llama3' are")
+  return theta, RopeScaling(
+    factor=float(_field(rope, "factor")),
+    low_freq_factor=float(_field(rope, "low_freq_factor")),
+    high_freq_factor=float(_field(rope, "high_freq_factor")),
+    original_max_position_embeddings=int(_field(rope, "original_max_position_embeddings")),
+  )
+
+
+def _llama(raw: Mapping[str, Any]) -> TransformerConfig:
+  _only(raw, "hidden_act", "silu", "swish")
+  hidden_size, num_heads = _field(raw, "hidden_size"), _field(raw, "num_attention_heads")
+  theta, scaling = _rope(raw)
+  return TransformerConfig(
+    vocab_size=_field(raw, "vocab_size"),
+    hidden_size=hidden_size,
+    intermediate_size=_field(raw, "intermediate_size"),
+    num_layers=_field(raw, "num_hidden_layers"),
+    num_heads=num_heads,
+    num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+    head_dim=raw.get("head_dim") or hidden_size // num_heads,
+    norm_eps=raw.get("rms_norm_eps", 1e-6),
+    rope_theta=theta,
+    rope_scaling=scaling,
+    tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+    max_position_embeddings=raw.get("max_position_embeddings", 2048),
+    attention_bias=bool(raw.get("attention_bias", False)),
+    mlp_bias=bool(raw.get("mlp_bias", False)),
+  )
+
+
+_ATTENTION = {name: f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")}
+_MLP = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+
+_LLAMA_NAMES = {
+  "embed/embedding": "model.embed_tokens.weight",
+  "layers/attn_norm/scale": "model.layers.{layer}.input_layernorm.weight",
+  "layers/mlp_norm/scale": "model.layers.{layer}.post_attention_layernorm.weight",
+  "final_norm/scale": "model.norm.weight",
+  "head/kernel": "lm_head.weight",
+  **{
+    f"layers/{part}/{ours}/{leaf}": f"model.layers.{{layer}}.{theirs}.{kind}"
+    for part, modules in (("attn", _ATTENTION), ("mlp", _MLP))
+    for ours, theirs in modules.items()
+    for leaf, kind in (("kernel", "weight"), ("bias", "bias"))
+  },
+}
+
+FAMILIES = {family.model_type: family for family in (Family("llama", _llama, _LLAMA_NAMES),)}
+
+
+def family(model_type: str) -> Family:
+  """The row of `model_type`.
+
+  Raises:
+    ValueError: an unknown one, listing the known.
+  """
+  if model_type not in FAMILIES:
+    near = difflib.get_close_matches(str(model_type), FAMILIES, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(
+      f"config.json: model_type: {model_type!r} is not supported; {hint}"
+      f"known: {', '.join(FAMILIES)}"
+    )
+  return FAMILIES[model_type]
+
+
+def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
+  """The architecture that the fields of a config.json describe.
+
+  Raises:
+    ValueError: an unknown model_type, a missing field, or one that is not supported.
+  """
+  return family(_field(raw, "model_type")).config(raw)
+
+
+def hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
+  """config.json of a model saved in `dtype`, in transformers 5's terms."""
+  family(config.model_type)
+  rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+  if config.rope_scaling is not None:
+    rope |= {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
+  return {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": config.model_type,
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.hidden_size,
+    "intermediate_size": config.intermediate_size,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "hidden_act": "silu",
+    "rms_norm_eps": config.norm_eps,
+    "rope_parameters": rope,
+    # What transformers 4 reads.
+    "rope_theta": config.rope_theta,
+    "tie_word_embeddings": config.tie_embeddings,
+    "max_position_embeddings": config.max_position_embeddings,
+    "attention_bias": config.attention_bias,
+    "mlp_bias": config.mlp_bias,
+    "dtype": dtype,
+  }

@@ -1,0 +1,83 @@
+"""Every code block of the README runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from qlora_jax.hf import checkpoint
+from qlora_jax.models.transformer import Transformer, TransformerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SHORT = ["--config.train.steps=2", "--config.train.eval_batch_size=4"]
+
+
+def test_no_block_escapes():
+  assert {language for language, _ in BLOCKS} == {"bash", "python", "text"}
+
+
+@pytest.mark.slow
+def test_python_blocks(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  config = TransformerConfig(64, 32, 48, 2, 2, 1, 16)
+  model = Transformer(config, dtype=jnp.float32)
+  dense = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+  (tmp_path / "path/to").mkdir(parents=True)
+  checkpoint.save(tmp_path / "path/to/llama", model, dense, dtype=jnp.float32)
+  namespace = {}
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax mixes
+    for language, text in BLOCKS:
+      if language == "python":
+        exec(text, namespace)
+  assert capsys.readouterr().out.startswith("4.")
+  assert namespace["logits"].shape == (1, 4, 64)
+  assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+  assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+def commands() -> list[list[str]]:
+  """The commands of the bash blocks but those that install and run pytest, which CI runs."""
+  lines = []
+  for language, text in BLOCKS:
+    if language == "bash":
+      lines += [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
+  return [line for line in lines if "experiments.run" in line]
+
+
+def test_the_commands_are_found():
+  assert [line[4] for line in commands()] == [
+    "configs/quickstart.py",
+    "configs/stories.py",
+    "configs/quickstart.py",
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands(), ids=lambda line: Path(line[4]).stem)
+def test_bash_blocks(command, tmp_path):
+  for argument in command:
+    _, _, path = argument.partition("=")
+    if path.startswith("../shared") and not (ROOT / path).exists():
+      pytest.skip(f"{path} is not here")
+  extra = SHORT if "--dry_run" in command else [*SHORT, "--workdir", str(tmp_path / "run")]
+  if "quickstart" in command[4]:
+    extra = [*extra, "--config.pretrain.steps=2", "--config.pretrain.num_documents=50"]
+  result = subprocess.run(
+    [sys.executable, *command[1:], *extra],
+    cwd=ROOT,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "QLORA_JAX_CACHE": str(tmp_path / "cache")},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  assert ("adapters" if "--dry_run" in command else "after QLoRA, rank 8") in result.stdout

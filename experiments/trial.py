@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from experiments.base import architecture, trained_base
-from qlora_jax import config as config_lib
 from qlora_jax import codebooks, data, environment, hf, lora, memory, optimizers, synthetic
+from qlora_jax import config as config_lib
 from qlora_jax.checkpoints import Checkpoints, fingerprint
 from qlora_jax.config import ExperimentConfig
 from qlora_jax.evaluate import held_out_loss

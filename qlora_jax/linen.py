@@ -85,8 +85,7 @@ class QDense(nn.Module):
     if isinstance(kernel, QuantizedTensor):
       y = quantized_matmul(x, kernel, implementation=self.implementation).astype(output_dtype)
     else:
-      y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-      y = y.astype(output_dtype)
+      y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=output_dtype)
     if self.has_variable("params", "lora_a"):
       y = y + self._adapter(x).astype(output_dtype)
     if self.use_bias:

@@ -212,9 +212,8 @@ def apply(
     kept = jax.random.uniform(key, x.shape, jnp.float32) >= dropout
     x = jnp.where(kept, x / (1 - dropout).astype(x.dtype), 0)
   # s multiplies where the array is narrowest.
-  h = jnp.matmul(x, a.astype(x.dtype), preferred_element_type=jnp.float32) * scaling
-  y = jnp.matmul(h.astype(x.dtype), b.astype(x.dtype), preferred_element_type=jnp.float32)
-  return y.astype(x.dtype)
+  h = (jnp.matmul(x, a.astype(x.dtype)).astype(jnp.float32) * scaling).astype(x.dtype)
+  return jnp.matmul(h, b.astype(x.dtype))
 
 
 def merge(frozen: Any, params: Any, constants: Any, dtype: DTypeLike = jnp.float32) -> Any:

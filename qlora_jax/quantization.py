@@ -174,8 +174,10 @@ def _quantize_matrix(w, codebook, block_size, nested_block_size, scale_dtype) ->
   codes = nearest(x, codebook)
   if whole < k:
     # bitsandbytes divides in a ragged last block, where it multiplies by the reciprocal above.
-    usable, scale = usable[-1:], jnp.where(usable, scale, 1)[-1:]
-    x = jnp.where(usable, w[whole:].astype(jnp.float32) / scale, 0)
+    x = w[whole:].astype(jnp.float32)
+    # The select keeps this a division: XLA turns one by a broadcast into the reciprocal again.
+    x = x / jnp.where((x != 0) & usable[-1:], scale[-1:], 1)
+    x = jnp.where(usable[-1:], x, 0)
     if zero is not None:
       x = x + zero[-1:].astype(jnp.float32)
     codes = jnp.concatenate([codes[:whole], nearest(x, codebook)])

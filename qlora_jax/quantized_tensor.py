@@ -222,4 +222,9 @@ def restore_scales(scales: "jax.Array | NestedScales") -> jax.Array:
   index = (column * np.int32(blocks) + row) // np.int32(scales.block_size)
   absmax = scales.absmax.at[index].get(mode="promise_in_bounds")
   table = jnp.asarray(codebooks.dynamic_map())
-  return table.at[scales.codes].get(mode="promise_in_bounds") * absmax + scales.offset
+  product = table.at[scales.codes].get(mode="promise_in_bounds") * absmax
+  # The level of code 127 is 0. The select keeps two roundings: XLA's CPU backend fuses a bare
+  # product and sum into one (a barrier between them does not stop it in JAX 0.10.2).
+  restored = jnp.where(scales.codes == np.uint8(127), 0, product) + scales.offset
+  # Restored once a block, not again for each weight that reads it.
+  return jax.lax.optimization_barrier(restored)

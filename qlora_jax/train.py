@@ -169,7 +169,7 @@ def make_train_step(
     (value, grads, _), _ = jax.lax.scan(accumulate, zeros, dict(batch))
     value = value / state.loss_scale
     grads = jax.tree.map(lambda g: g / state.loss_scale.astype(g.dtype), grads)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     # Optax mixes dtypes freely.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -30,9 +30,12 @@ from qlora_jax.quantization import (
   quantize_tree,
   treatments,
 )
+from qlora_jax.quantized_tensor import is_quantized
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+_DTYPES = ("bfloat16", "float16", "float32")
 
 # Buffers that old checkpoints carry, which follow from config.json.
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq",)
@@ -67,28 +70,39 @@ def load(
   """
   directory = _directory(path)
   raw = read_json(directory / "config.json")
-  if "quantization_config" in raw:
-    method = raw["quantization_config"].get("quant_method")
+  if quantized := raw.get("quantization_config"):
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
     raise ValueError(
       f"{directory}: quantized already ({method}); give the 16-bit checkpoint it was made from"
     )
   config = _read_config(directory, raw)
   if dtype is None:
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if dtype not in _DTYPES:
+      raise ValueError(
+        f"{directory}: config.json: dtype: {dtype!r} is not supported; {', '.join(_DTYPES)} are"
+      )
   model = Transformer(config, jnp.dtype(dtype), remat, implementation)
 
   shapes = _shapes(model)
   rules = default_rules(quantization)
   quantize_tree_abstract(shapes, rules)
   chosen = treatments(shapes, rules)
+  names = families.family(config.model_type).names
+  flat = tree_paths.leaves(shapes)
   with _Tensors(directory) as tensors:
-    frozen = {}
-    for leaf, like in tree_paths.leaves(shapes).items():
-      name = families.family(config.model_type).names[leaf]
-      treatment = chosen[leaf] or storage_dtype
-      frozen[leaf] = _read_leaf(tensors, leaf, name, like.shape, treatment)
-    tied = {"lm_head.weight"} if config.tie_embeddings else set()
-    tensors.check_all_read(ignored=tied)
+    tensors.check_names(
+      {
+        names[leaf].format(layer=layer)
+        for leaf, like in flat.items()
+        for layer in (range(like.shape[0]) if tree_paths.is_stacked(leaf) else (None,))
+      },
+      ignored={"lm_head.weight"} if config.tie_embeddings else set(),
+    )
+    frozen = {
+      leaf: _read_leaf(tensors, leaf, names[leaf], like.shape, chosen[leaf], storage_dtype)
+      for leaf, like in flat.items()
+    }
   return model, tree_paths.nest(frozen)
 
 
@@ -164,9 +178,12 @@ class _Tensors:
       self._files = dict.fromkeys(self._handle(single).keys(), single)
     elif index.exists():
       weight_map = read_json(index).get("weight_map")
-      if not isinstance(weight_map, dict):
+      if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: has no weight_map; it says which file holds which tensor")
       self._files = {name: directory / file for name, file in weight_map.items()}
+      # A shard that is missing or cut short is found now, not after half an hour of the others.
+      for file in sorted(set(self._files.values())):
+        self._handle(file)
     else:
       pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
       reason = (
@@ -177,7 +194,6 @@ class _Tensors:
       raise FileNotFoundError(f"{directory}: no weights: {reason}")
     # Some files leave the prefix off.
     self._prefix = "" if any(name.startswith("model.") for name in self._files) else "model."
-    self._read: set[str] = set()
 
   def __enter__(self):
     return self
@@ -203,8 +219,6 @@ class _Tensors:
   def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The tensor `name`, of that shape."""
     stored = name.removeprefix(self._prefix)
-    if stored not in self._files:
-      raise ValueError(f"{self.where(name)}: missing tensor; the config asks for it")
     handle = self._handle(self._files[stored])
     try:
       found = tuple(handle.get_slice(stored).get_shape())
@@ -215,19 +229,28 @@ class _Tensors:
       value = handle.get_tensor(stored)
     except safetensors.SafetensorError as error:
       raise ValueError(f"{self.where(name)}: cannot be read ({error})") from None
-    self._read.add(stored)
     return value
 
-  def check_all_read(self, ignored: set[str]) -> None:
-    for stored in sorted(set(self._files) - self._read):
-      if stored not in ignored and not stored.endswith(_IGNORED_ENDINGS):
+  def check_names(self, wanted: set[str], ignored: set[str]) -> None:
+    """Compares the names that are there with those the config asks for, before any is read."""
+    for name in sorted(wanted):
+      if name.removeprefix(self._prefix) not in self._files:
+        raise ValueError(f"{self.where(name)}: missing tensor; the config asks for it")
+    wanted = {name.removeprefix(self._prefix) for name in wanted}
+    for stored in sorted(set(self._files) - wanted - ignored):
+      if not stored.endswith(_IGNORED_ENDINGS):
         raise ValueError(
           f"{self._files[stored]}: {stored}: unexpected tensor; the config has no place for it"
         )
 
 
 def _read_leaf(
-  tensors: _Tensors, leaf: str, name: str, shape: tuple[int, ...], treatment: Treatment
+  tensors: _Tensors,
+  leaf: str,
+  name: str,
+  shape: tuple[int, ...],
+  treatment: Treatment,
+  storage_dtype: DTypeLike | None,
 ) -> Any:
   kernel = leaf.endswith("/kernel")
 
@@ -235,7 +258,7 @@ def _read_leaf(
     stored = shape[::-1] if kernel else shape
     w = jnp.asarray(tensors.get(name, stored))
     try:
-      return _treat(w, treatment, kernel)
+      return _treat(w, treatment, storage_dtype, kernel)
     except (ValueError, TypeError) as error:
       raise ValueError(f"{tensors.where(name)}: {error}") from None
 
@@ -248,21 +271,32 @@ def _read_leaf(
     if stack is None:
       stack = jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), one)
     stack = _write(stack, one, layer)
+    del one  # else it would be held while the next is read
   return stack
 
 
-def _treat(w: jax.Array, treatment: Treatment, kernel: bool) -> Any:
+def _treat(
+  w: jax.Array, treatment: Treatment, storage_dtype: DTypeLike | None, kernel: bool
+) -> Any:
   if not jnp.issubdtype(w.dtype, jnp.floating):
     raise TypeError(f"dtype {w.dtype}; a weight is of a float dtype")
-  if kernel:
-    w = w.T
-  if isinstance(treatment, QuantizationConfig) and w.ndim >= 2:
-    return quantize(w, **dataclasses.asdict(treatment))
-  if not bool(jnp.isfinite(w).all()):
+  # Before the transpose, so that the index is the file's.
+  if not bool(_all_finite(w)):
     index = np.argwhere(~np.isfinite(np.asarray(w, np.float32)))[0]
     raise ValueError(f"the value at index {index.tolist()} is not finite")
-  dtype = w.dtype if treatment is None or isinstance(treatment, QuantizationConfig) else treatment
-  return w.astype(dtype)
+  if kernel:
+    w = w.T
+  if isinstance(treatment, QuantizationConfig):
+    if w.ndim >= 2:
+      return quantize(w, **dataclasses.asdict(treatment))
+    treatment = None  # a bias beside a quantized kernel
+  dtype = storage_dtype if treatment is None else treatment
+  return w if dtype is None else w.astype(dtype)
+
+
+@jax.jit
+def _all_finite(w: jax.Array) -> jax.Array:
+  return jnp.isfinite(w).all()
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -290,23 +324,38 @@ def save(
 
   Raises:
     FileExistsError: there is something at `path`.
-    ValueError: a leaf that has no name in the family's files.
+    ValueError: a leaf that is packed, missing, of another shape than the model's, or that has no
+      name in the family's files.
   """
+  with new_directory(path) as temporary:
+    _write_model(temporary, model, frozen, dtype)
+
+
+def _write_model(directory: Path, model: Transformer, frozen: Any, dtype: DTypeLike) -> None:
   names = families.family(model.config.model_type).names
+  shapes = tree_paths.leaves(_shapes(model))
+  flat = tree_paths.leaves(frozen, is_leaf=is_quantized)
+  for leaf, like in shapes.items():
+    if leaf not in flat:
+      raise ValueError(f"{leaf}: missing; the model has it")
+    if flat[leaf].shape != like.shape:
+      raise ValueError(f"{leaf}: shape {flat[leaf].shape}; the model's is {like.shape}")
   tensors = {}
-  for leaf, w in tree_paths.leaves(frozen).items():
-    if leaf not in names:
-      raise ValueError(f"{leaf}: {model.config.model_type} files have no name for it")
+  for leaf, w in flat.items():
+    if leaf not in shapes or leaf not in names:
+      raise ValueError(f"{leaf}: a {model.config.model_type} file of this model has no name for it")
+    if is_quantized(w):
+      raise ValueError(f"{leaf}: packed; a dense base is written, as lora.merge returns it")
     layers = range(w.shape[0]) if tree_paths.is_stacked(leaf) else (None,)
     for layer in layers:
       one = w if layer is None else w[layer]
       one = np.asarray(one.astype(dtype))
       if leaf.endswith("/kernel"):
-        one = np.ascontiguousarray(one.T)
-      tensors[names[leaf].format(layer=layer)] = one
-  with new_directory(path) as temporary:
-    write_json(temporary / "config.json", families.hf_config(model.config, jnp.dtype(dtype).name))
-    safetensors.numpy.save_file(tensors, temporary / _SINGLE, metadata={"format": "pt"})
+        one = one.T
+      # safetensors writes the memory as it lies.
+      tensors[names[leaf].format(layer=layer)] = np.ascontiguousarray(one)
+  write_json(directory / "config.json", families.hf_config(model.config, jnp.dtype(dtype).name))
+  safetensors.numpy.save_file(tensors, directory / _SINGLE, metadata={"format": "pt"})
 
 
 def save_merged(
@@ -328,4 +377,5 @@ def save_merged(
   Raises:
     FileExistsError, ValueError: see `save` and `lora.merge`.
   """
-  save(path, model, lora.merge(frozen, params, constants), dtype=dtype)
+  with new_directory(path) as temporary:
+    _write_model(temporary, model, lora.merge(frozen, params, constants), dtype)

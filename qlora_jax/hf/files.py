@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,12 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     FileExistsError: there is something at `path`; it is left as it is.
   """
   path = Path(path).absolute()
-  if path.exists():
+  if os.path.lexists(path):
     raise FileExistsError(f"{path}: exists already; give another path, or move it away")
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  # Not the process id, which in containers is often the same: what a killed run left behind would
+  # stop the next.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   temporary.mkdir()
   try:
     yield temporary

@@ -26,21 +26,20 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-# Fields that change what the adapter computes, and the values under which it is plain LoRA.
+# Fields of adapter_config.json that are read here, and those that do not change what is computed.
+# Any other must be empty: a later PEFT's new kind of adapter is refused, not taken for plain LoRA.
+_KNOWN = frozenset(
+  "alpha_pattern lora_alpha lora_dropout peft_type r rank_pattern use_rslora "
+  "auto_mapping base_model_name_or_path ensure_weight_tying eva_config exclude_modules "
+  "inference_mode layers_pattern layers_to_transform loftq_config megatron_core peft_version "
+  "qalora_group_size revision runtime_config target_modules task_type".split()
+)
+
+# Values under which a field leaves plain LoRA. The starts that are missing here (PiSSA, LoftQ, …)
+# also change the base: what was trained beside it fits the original one no longer.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-  "use_dora": (False, None),
-  "lora_bias": (False, None),
-  "bias": ("none", None),
-  "modules_to_save": (None, []),
-  "fan_in_fan_out": (False, None),
-  "layer_replication": (None,),
-  "trainable_token_indices": (None,),
-  "target_parameters": (None, []),
-  "alora_invocation_tokens": (None,),
-  "use_qalora": (False, None),
-  "use_bdlora": (None, False),
-  "arrow_config": (None,),
-  "megatron_config": (None,),
+  "bias": ("none",),
+  "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -88,6 +87,8 @@ def load_adapter(
       raise ValueError(f"{file}: {key}: the base has no such layer")
     layer_path, layer = places[match[1]]
     found.setdefault(layer_path, {}).setdefault(layer, {})[match[2]] = tensors[key]
+  if not found:
+    raise ValueError(f"{file}: holds no tensor")
 
   modules = {place: name for name, place in places.items()}
   params, constants = {}, {}
@@ -97,7 +98,10 @@ def load_adapter(
     w = weights[layer_path]
     k, n = w.shape[-2:]
     layers = range(w.shape[0]) if None not in by_layer else (None,)
-    rank = max(pair["A"].shape[0] for pair in by_layer.values() if "A" in pair)
+    own = {
+      layer: _rank(file, modules[layer_path, layer], pair, k, n) for layer, pair in by_layer.items()
+    }
+    rank = max(own.values())
     a = np.zeros((len(layers), k, rank), np.float32)
     b = np.zeros((len(layers), rank, n), np.float32)
     own_ranks = np.zeros(len(layers), np.int32)
@@ -106,17 +110,16 @@ def load_adapter(
       if layer not in by_layer:
         continue
       module = modules[layer_path, layer]
-      pair = by_layer[layer]
-      own = _rank(file, module, pair, k, n)
+      pair, r = by_layer[layer], own[layer]
       declared, alpha = _declared(raw, module)
-      if own != declared:
-        raise ValueError(f"{file}: {module}: rank {own}; {_CONFIG} says {declared}")
-      a[i, :, :own] = pair["A"].astype(np.float32).T
-      b[i, :own] = pair["B"].astype(np.float32).T
-      own_ranks[i] = own
-      scalings[i] = alpha / (math.sqrt(own) if raw.get("use_rslora") else own)
+      if r != declared:
+        raise ValueError(f"{file}: {module}: rank {r}; {_CONFIG} says {declared}")
+      a[i, :, :r] = pair["A"].astype(np.float32).T
+      b[i, :r] = pair["B"].astype(np.float32).T
+      own_ranks[i] = r
+      scalings[i] = alpha / (math.sqrt(r) if raw.get("use_rslora") else r)
       virtual = layer_path if layer is None else _virtual(layer_path, layer)
-      ranks[virtual], alphas[virtual] = own, alpha
+      ranks[virtual], alphas[virtual] = r, alpha
     stacked = None not in by_layer
     values = {"lora_a": a, "lora_b": b}
     for name, value in values.items():
@@ -163,9 +166,18 @@ def save_adapter(
   """
   flat = tree_paths.leaves(params)
   fixed = tree_paths.leaves(constants)
+  if not flat:
+    raise ValueError("save_adapter: params is empty; there is no adapter to write")
   for leaf in flat:
     if not leaf.endswith(("/lora_a", "/lora_b")):
       raise ValueError(f"{leaf}: trained in full; only LoRA matrices can be written as an adapter")
+    layer_path = leaf.rpartition("/")[0]
+    for needed in (f"{layer_path}/lora_a", f"{layer_path}/lora_b"):
+      if needed not in flat:
+        raise ValueError(f"{needed}: missing beside {leaf}")
+    for needed in (f"{layer_path}/rank", f"{layer_path}/scaling"):
+      if needed not in fixed:
+        raise ValueError(f"{needed}: missing; pass the constants that lora.init returned")
   tensors: dict[str, np.ndarray] = {}
   targets: list[str] = []
   ranks: dict[str, int] = {}
@@ -191,11 +203,10 @@ def save_adapter(
         targets.append(module)
       tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a[layer, :, :rank].T)
       tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b[layer, :rank].T)
-      alpha = scaling * (math.sqrt(rank) if cfg.rank_stabilized else rank)
       if rank != cfg.rank:
         ranks[module] = rank
-      if not math.isclose(alpha, cfg.alpha, rel_tol=1e-6):
-        alphas[module] = float(np.float32(alpha))
+      if (alpha := _alpha(scaling, rank, cfg)) != cfg.alpha:
+        alphas[module] = alpha
   with new_directory(path) as temporary:
     write_json(
       temporary / _CONFIG,
@@ -222,16 +233,25 @@ def save_adapter(
     safetensors.numpy.save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
 
 
+def _alpha(scaling: float, rank: int, cfg: LoRAConfig) -> float:
+  """The alpha that gives this float32 scaling back to the bit: `cfg`'s, or a short one."""
+  exact = float(scaling) * (math.sqrt(rank) if cfg.rank_stabilized else rank)
+  for alpha in (cfg.alpha, *(float(f"{exact:.{digits}g}") for digits in range(1, 17))):
+    if np.float32(cfg.scaling(rank, alpha)) == np.float32(scaling):
+      return alpha
+  return exact
+
+
 def _check_plain(directory: Path, raw: Mapping[str, Any]) -> None:
   kind = raw.get("peft_type")
   if kind != "LORA":
     raise ValueError(f"{directory / _CONFIG}: peft_type: {kind!r} is not supported; 'LORA' is")
-  for name in ("r", "lora_alpha"):
-    if not isinstance(raw.get(name), int | float):
+  for name, kind in (("r", int), ("lora_alpha", int | float)):
+    if not isinstance(raw.get(name), kind):
       raise ValueError(f"{directory / _CONFIG}: {name}: {raw.get(name)!r}; a number is wanted")
-  for name, plain in _PLAIN.items():
-    if name in raw and raw[name] not in plain:
-      raise ValueError(f"{directory / _CONFIG}: {name}: {raw[name]!r} is not supported")
+  for name, value in raw.items():
+    if value and name not in _KNOWN and value not in _PLAIN.get(name, ()):
+      raise ValueError(f"{directory / _CONFIG}: {name}: {value!r} is not supported")
 
 
 def _places(weights: Mapping[str, Any]) -> dict[str, tuple[str, int | None]]:
@@ -262,8 +282,12 @@ def _rank(file: Path, module: str, pair: Mapping[str, np.ndarray], k: int, n: in
   for which in ("A", "B"):
     if which not in pair:
       raise ValueError(f"{file}: {module}: lora_{which} is missing")
+  for which, matrix in pair.items():
+    # astype: numpy alone does not know bfloat16.
+    if not np.isfinite(matrix.astype(np.float32)).all():
+      raise ValueError(f"{file}: {module}: lora_{which} holds a value that is not finite")
   a, b = pair["A"].shape, pair["B"].shape
-  if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[1] != k or b[0] != n:
+  if len(a) != 2 or a[0] < 1 or len(b) != 2 or a[0] != b[1] or a[1] != k or b[0] != n:
     raise ValueError(
       f"{file}: {module}: lora_A {list(a)}, lora_B {list(b)}; the base asks for [r, {k}], [{n}, r]"
     )

@@ -28,9 +28,10 @@ class Family:
   names: Mapping[str, str]
 
 
-def _field(raw: Mapping[str, Any], name: str) -> Any:
+def _field(raw: Mapping[str, Any], name: str, kind: str | None = None) -> Any:
   if raw.get(name) is None:
-    raise ValueError(f"config.json: {name}: missing; a {raw.get('model_type')} config has it")
+    kind = kind or f"a {raw.get('model_type')} config"
+    raise ValueError(f"config.json: {name}: missing; {kind} has it")
   return raw[name]
 
 
@@ -42,21 +43,20 @@ def _only(raw: Mapping[str, Any], name: str, *supported: Any) -> None:
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   """(theta, scaling), from transformers 5's `rope_parameters` or 4's two fields."""
-  rope = raw.get("rope_parameters") or {
-    **(raw.get("rope_scaling") or {}),
-    "rope_theta": raw.get("rope_theta", 10000.0),
-  }
-  theta = float(rope.get("rope_theta", raw.get("rope_theta", 10000.0)))
+  rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+  theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
   kind = rope.get("rope_type", rope.get("type", "default"))
+  for fields in (raw, rope):
+    _only(fields, "partial_rotary_factor", 1.0, None)
   if kind == "default":
     return theta, None
   if kind != "llama3":
     raise ValueError(f"config.json: rope_type: {kind!r} is not supported; 'default', 'llama3' are")
   return theta, RopeScaling(
-    factor=float(_field(rope, "factor")),
-    low_freq_factor=float(_field(rope, "low_freq_factor")),
-    high_freq_factor=float(_field(rope, "high_freq_factor")),
-    original_max_position_embeddings=int(_field(rope, "original_max_position_embeddings")),
+    **{
+      field.name: _field(rope, field.name, "rope_type 'llama3'")
+      for field in dataclasses.fields(RopeScaling)
+    }
   )
 
 
@@ -124,7 +124,7 @@ def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
   Raises:
     ValueError: an unknown model_type, a missing field, or one that is not supported.
   """
-  return family(_field(raw, "model_type")).config(raw)
+  return family(_field(raw, "model_type", "a model's config")).config(raw)
 
 
 def hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
@@ -133,6 +133,10 @@ def hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
   rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
   if config.rope_scaling is not None:
     rope |= {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
+  # What transformers 4 reads in place of rope_parameters; 5 takes either.
+  version_4: dict[str, Any] = {"rope_theta": config.rope_theta}
+  if config.rope_scaling is not None:
+    version_4["rope_scaling"] = rope
   return {
     "architectures": ["LlamaForCausalLM"],
     "model_type": config.model_type,
@@ -146,8 +150,7 @@ def hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     "hidden_act": "silu",
     "rms_norm_eps": config.norm_eps,
     "rope_parameters": rope,
-    # What transformers 4 reads.
-    "rope_theta": config.rope_theta,
+    **version_4,
     "tie_word_embeddings": config.tie_embeddings,
     "max_position_embeddings": config.max_position_embeddings,
     "attention_bias": config.attention_bias,

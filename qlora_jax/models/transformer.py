@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qlora_jax.linen import QDense, plain_weight
+from qlora_jax.models.attention import attend
 
 RematPolicy = Literal["none", "full"]
 
@@ -151,10 +152,7 @@ class Attention(nn.Module):
       k = jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), start)
       v = jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), start)
       cache = {"k": k, "v": v}
-    # Logits and softmax are float32 inside; no mask stands for a plain causal one.
-    y = jax.nn.dot_product_attention(
-      q, k.astype(q.dtype), v.astype(q.dtype), mask=mask, is_causal=mask is None
-    )
+    y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
     y = y.reshape(*y.shape[:-2], config.num_heads * config.head_dim)
     return project("o", config.hidden_size)(y), cache
 
@@ -301,14 +299,14 @@ class Transformer(nn.Module):
       same = segment_ids[:, :, None] == slots[:, None, :]
       if positions is None:
         positions = (same & (slot < own)[None]).sum(-1, dtype=jnp.int32)
-      mask = (same & (slot <= own)[None])[:, None]
+      mask = same & (slot <= own)[None]
       layers_cache = {"k": cache["k"], "v": cache["v"]}
     elif segment_ids is not None:
       if positions is None:
         positions = restarting_positions(segment_ids)
       causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
       # Padding sees padding, so that no row of the softmax is empty.
-      mask = ((segment_ids[:, :, None] == segment_ids[:, None, :]) & causal[None])[:, None]
+      mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal[None]
     elif positions is None:
       positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
     frequencies = jnp.asarray(rotary_frequencies(self.config))

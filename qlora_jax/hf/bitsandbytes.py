@@ -1,0 +1,170 @@
+"""bitsandbytes' order of 4-bit weights, to and from ours: the one place that converts it.
+
+bitsandbytes flattens torch's weight `[out, in]` row by row, cuts the flat array into blocks and
+packs two codes a byte, the first in the high nibble. Where the block size divides `in`, such a
+block is B weights along K of our `[K, N] = [in, out]`, so that the two hold the same codes and
+scales in another order, and nothing is rounded again.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax import codebooks
+from qlora_jax.quantized_tensor import (
+  NestedScales,
+  QuantizedTensor,
+  is_quantized,
+  join_rows,
+  pack,
+  unpack,
+)
+
+# Our codes index levels in ascending order → bitsandbytes' code of the same level.
+_CODES = {
+  "nf4": np.arange(16, dtype=np.uint8),
+  # Its FP4 codes are sign and magnitude: 8 is −0, and 0 … 7 do not ascend.
+  "fp4": np.asarray([11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3], np.uint8),
+}
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def quant_type(q: QuantizedTensor) -> str:
+  """bitsandbytes' name of the table of `q`: "nf4" or "fp4".
+
+  Raises:
+    ValueError: another table, by its name where it is one of ours. bitsandbytes ignores the table
+      in a file and decodes by its own.
+  """
+  levels = np.asarray(q.levels)
+  if q.zero is None and q.bits == 4:
+    for name in _CODES:
+      if np.array_equal(levels, codebooks.get(name).table):
+        return name
+  tables = ((name, codebooks.get(name, q.block_size).table) for name in codebooks.names())
+  name = next((name for name, table in tables if np.array_equal(levels, table)), "a custom table")
+  raise ValueError(f"to_bitsandbytes: codebook {name}: bitsandbytes decodes nf4 and fp4 alone")
+
+
+def to_bitsandbytes(q: QuantizedTensor) -> dict[str, np.ndarray]:
+  """The arrays of a packed weight in bitsandbytes' order.
+
+  Args:
+    q: one matrix `[K, N]`, NF4 or FP4. It stands for torch's `[out, in] = [N, K]`.
+
+  Returns:
+    `packed` uint8 `[ceil(K · N / 2), 1]`; `absmax` float32 `[ceil(K / B) · N]`, or, doubly
+    quantized, its codes in uint8 with `nested_absmax` float32 and `nested_offset` float32 `[]`.
+
+  Raises:
+    TypeError: not a QuantizedTensor.
+    ValueError: a stack, another table, a block size that bitsandbytes lacks, or one that does not
+      divide K where N > 1.
+  """
+  if not is_quantized(q):
+    raise TypeError(f"to_bitsandbytes: {type(q).__name__}; a QuantizedTensor is wanted")
+  if q.ndim != 2:
+    raise ValueError(f"to_bitsandbytes: {list(q.shape)}; one matrix [K, N] at a time")
+  kind = quant_type(q)
+  _check_blocks("to_bitsandbytes", q.shape, q.block_size)
+  codes = np.asarray(join_rows(unpack(q.codes, q.bits, q.padding), 0))
+  flat = _CODES[kind][codes].T.reshape(-1)
+  if len(flat) % 2:
+    # bitsandbytes fills the last byte up with a quantized 0.
+    zero = _CODES[kind][codebooks.get(kind).levels.index(0.0)]
+    flat = np.append(flat, zero)
+  arrays = {"packed": ((flat[::2] << 4) | flat[1::2])[:, None]}
+  if not isinstance(q.scales, NestedScales):
+    return {**arrays, "absmax": np.asarray(q.scales, np.float32).T.reshape(-1)}
+  return {
+    **arrays,
+    "absmax": np.asarray(q.scales.codes).T.reshape(-1),
+    # Ours is already in this order.
+    "nested_absmax": np.asarray(q.scales.absmax),
+    "nested_offset": np.asarray(q.scales.offset),
+  }
+
+
+def from_bitsandbytes(
+  packed: np.ndarray,
+  absmax: np.ndarray,
+  *,
+  shape: Sequence[int],
+  quant_type: str,
+  block_size: int,
+  nested_absmax: np.ndarray | None = None,
+  nested_offset: float | np.ndarray | None = None,
+  nested_block_size: int = 256,
+) -> QuantizedTensor:
+  """The packed weight that bitsandbytes' arrays stand for, code for code.
+
+  Args:
+    packed: uint8, of any shape.
+    absmax: float32, or uint8 where doubly quantized.
+    shape: torch's, `[out, in]`.
+    quant_type: "nf4" or "fp4".
+    block_size: weights that share an absmax.
+    nested_absmax, nested_offset: both, where absmax is uint8.
+    nested_block_size: scales that share a nested absmax.
+
+  Returns:
+    `[K, N] = [in, out]`.
+
+  Raises:
+    ValueError: another table; arrays whose sizes or dtypes do not fit; blocks that cross rows.
+  """
+  if quant_type not in _CODES:
+    raise ValueError(f"from_bitsandbytes: quant_type {quant_type!r}; one of {', '.join(_CODES)}")
+  if len(shape) != 2 or min(shape) < 1:
+    raise ValueError(f"from_bitsandbytes: shape {list(shape)}; a weight is [out, in]")
+  n, k = shape
+  _check_blocks("from_bitsandbytes", (k, n), block_size)
+  count, blocks = n * k, -(-k // block_size)
+  packed, absmax = np.asarray(packed).reshape(-1), np.asarray(absmax).reshape(-1)
+  nested = nested_absmax is not None
+  sizes = [("packed", packed, np.uint8, -(-count // 2))]
+  sizes += [("absmax", absmax, np.uint8 if nested else np.float32, blocks * n)]
+  if nested:
+    nested_absmax = np.asarray(nested_absmax).reshape(-1)
+    expected = -(-blocks * n // nested_block_size)
+    sizes += [("nested_absmax", nested_absmax, np.float32, expected)]
+  for name, array, dtype, size in sizes:
+    if array.dtype != dtype or array.size != size:
+      raise ValueError(
+        f"from_bitsandbytes: {name}: {array.dtype} [{array.size}]; {list(shape)} in blocks of "
+        f"{block_size} takes {np.dtype(dtype)} [{size}]"
+      )
+  if nested != (nested_offset is not None):
+    raise ValueError("from_bitsandbytes: nested_absmax and nested_offset come together")
+
+  flat = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[:count]
+  codes = np.argsort(_CODES[quant_type]).astype(np.uint8)[flat].reshape(n, k).T
+  own, padding = pack(jnp.asarray(codes), 4)
+  scales = jnp.asarray(absmax.reshape(n, blocks).T)
+  if nested_absmax is not None:
+    offset = jnp.asarray(nested_offset, jnp.float32)
+    scales = NestedScales(scales, jnp.asarray(nested_absmax), offset, nested_block_size)
+  return QuantizedTensor(
+    codes=own,
+    scales=scales,
+    levels=jnp.asarray(codebooks.get(quant_type).table),
+    zero=None,
+    bits=4,
+    block_size=block_size,
+    padding=padding,
+  )
+
+
+def _check_blocks(where: str, shape: tuple[int, ...], block_size: int) -> None:
+  k, n = shape
+  if block_size not in BLOCK_SIZES:
+    raise ValueError(
+      f"{where}: block_size {block_size}; bitsandbytes has {', '.join(map(str, BLOCK_SIZES))}"
+    )
+  if k % block_size and n > 1:
+    raise ValueError(
+      f"{where}: in {k} is not a multiple of block_size {block_size}: bitsandbytes' blocks then "
+      "cross from row to row, and ours end with each; this form is not supported yet"
+    )

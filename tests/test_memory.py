@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qlora_jax as ql
+from qlora_jax import lora, memory, optimizers, train
+from qlora_jax.config import OptimizerConfig
+from qlora_jax.hf import checkpoint
+from qlora_jax.models.transformer import Transformer, TransformerConfig
+
+MODEL = Transformer(TransformerConfig(64, 32, 48, 2, 2, 1, 16), dtype=jnp.float32)
+RULES = {"layers/*/attn/*": ql.QuantizationConfig(), "layers/*/mlp/*": ql.QuantizationConfig()}
+
+
+@pytest.fixture(scope="module")
+def frozen():
+  dense = MODEL.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+  dense = jax.tree.map(lambda w: w.astype(jnp.bfloat16), dense)
+  return ql.quantize_tree(dense, RULES)
+
+
+def test_bytes_and_bits_are_counted():
+  packed = ql.quantize(jnp.ones((128, 64)), double_quantization=False)
+  # 4096 bytes of codes, 2 × 64 float32 scales, 16 levels.
+  assert memory.tree_bytes({"a": packed, "b": jnp.ones(3)}) == 4096 + 512 + 64 + 12
+  assert memory.quantized_bits({"a": packed, "b": jnp.ones(3)}) == 8 * (4096 + 512 + 64) / 8192
+  assert memory.quantized_bits({"b": jnp.ones(3)}) is None
+
+
+def footprint(frozen, batch_size=2):
+  return memory.footprint(
+    MODEL,
+    frozen,
+    lora.LoRAConfig(rank=4),
+    optimizers.make(OptimizerConfig(), 10),
+    batch_shape=(1, batch_size, 32),
+    packed_rows=True,
+    loss_chunk=16,
+  )
+
+
+def test_shapes_alone_give_the_real_bytes(frozen):
+  abstract = checkpoint.abstract_base(MODEL, RULES, jnp.bfloat16)
+  assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), frozen
+  )
+  counted = footprint(abstract)
+  params, constants = lora.init(jax.random.key(0), frozen, lora.LoRAConfig(rank=4))
+  optimizer = optimizers.make(OptimizerConfig(), 10)
+  state = train.init_state(params, constants, optimizer, seed=0, dtype=jnp.float32)
+  assert counted.base == memory.tree_bytes(frozen)
+  assert counted.adapters == memory.tree_bytes(state.params)
+  assert counted.optimizer == memory.tree_bytes(state.opt_state)
+
+
+def test_activations_grow_with_the_batch(frozen):
+  small, large = (footprint(frozen, batch_size).activations for batch_size in (2, 8))
+  assert 0 < small
+  assert 2 * small < large
+
+
+def test_the_table_names_each_weight(frozen):
+  rows = memory.weight_table(frozen, footprint(frozen).state)
+  by_path = {path: rest for path, *rest in rows}
+  shape, treatment, adapter = by_path["layers/mlp/up/kernel"]
+  assert shape == "2×32×48"
+  assert treatment.startswith("4-bit codes, block 64, ")
+  assert adapter == "LoRA rank 4"
+  assert by_path["embed/embedding"] == ["64×32", "bfloat16", ""]

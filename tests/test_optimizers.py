@@ -1,0 +1,42 @@
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from qlora_jax import optimizers
+from qlora_jax.config import OptimizerConfig
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_schedule_rises_and_decays(kind, warmup):
+  cfg = OptimizerConfig(learning_rate=0.5, schedule=kind, warmup_steps=warmup)
+  rates = np.asarray([optimizers.schedule(cfg, 20)(step) for step in range(21)])
+  np.testing.assert_allclose(rates[warmup], 0.5, rtol=1e-6)
+  assert rates[0] > 0  # the first step is not wasted
+  assert (np.diff(rates[: warmup + 1]) > 0).all()
+  np.testing.assert_allclose(rates[-1], 0.5 if kind == "constant" else 0.0, atol=1e-7)
+  middle = rates[warmup + (20 - warmup) // 2]
+  np.testing.assert_allclose(middle, 0.5 if kind == "constant" else 0.25, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_adamw_follows_its_equations(clip_norm):
+  cfg = OptimizerConfig(
+    learning_rate=0.1, schedule="constant", weight_decay=0.01, b1=0.8, b2=0.9, clip_norm=clip_norm
+  )
+  optimizer = optimizers.make(cfg, 10)
+  params = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray([0.5])}
+  state = optimizer.init(params)
+  p, m, v = np.array([1.0, -2.0, 0.5]), np.zeros(3), np.zeros(3)
+  for step in range(1, 4):
+    grads = {"a": jnp.asarray([3.0, step]), "b": jnp.asarray([-1.0])}
+    updates, state = optimizer.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+    g = np.array([3.0, step, -1.0])
+    if clip_norm is not None:
+      g = g * min(1, clip_norm / np.linalg.norm(g))
+    m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+    update = (m / (1 - 0.8**step)) / (np.sqrt(v / (1 - 0.9**step)) + 1e-8)
+    p = p - 0.1 * (update + 0.01 * p)
+  np.testing.assert_allclose(np.concatenate([params["a"], params["b"]]), p, rtol=1e-5)

@@ -30,12 +30,12 @@ def get_config():
   config.data.packing = True
   config.data.seq_len = 256
 
-  config.optimizer.learning_rate = 1e-2
+  config.optimizer.learning_rate = 2e-2
   config.optimizer.warmup_steps = 5
 
-  config.train.steps = 60
+  config.train.steps = 100
   config.train.batch_size = 8
   config.train.log_every = 10
-  config.train.eval_every = 30
-  config.train.checkpoint_every = 30
+  config.train.eval_every = 50
+  config.train.checkpoint_every = 50
   return config

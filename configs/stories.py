@@ -27,10 +27,10 @@ def get_config():
   config.optimizer.learning_rate = 1e-2
   config.optimizer.warmup_steps = 20
 
-  config.train.steps = 300
-  config.train.batch_size = 8
-  config.train.log_every = 20
-  config.train.eval_every = 100
+  config.train.steps = 400
+  config.train.batch_size = 4
+  config.train.log_every = 50
+  config.train.eval_every = 200
   config.train.eval_batch_size = 17
-  config.train.checkpoint_every = 50
+  config.train.checkpoint_every = 100
   return config

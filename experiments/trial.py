@@ -31,7 +31,7 @@ from qlora_jax.hf import checkpoint as hf_checkpoint
 from qlora_jax.metrics import MetricsWriter
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantization import QuantizationConfig
-from qlora_jax.train import SignalGuard, fit, init_state, make_train_step
+from qlora_jax.train import SignalGuard, TrainState, fit, init_state, make_train_step
 
 
 class RunDirectoryError(Exception):
@@ -203,6 +203,15 @@ def run_stage(
       loss_chunk=train.loss_chunk,
     )
 
+  evaluated: dict[int, float] = {}
+
+  def evaluate(state: TrainState) -> float:
+    """Once for each step: the last one is asked for by the loop and by the table."""
+    step = int(state.step)
+    if step not in evaluated:
+      evaluated[step] = loss(state.params, state.constants)
+    return evaluated[step]
+
   loss_before = loss({}, {})
   with (
     Checkpoints(
@@ -228,7 +237,7 @@ def run_stage(
         cfg=train,
         learning_rate=optimizers.schedule(config.optimizer, train.steps),
         guard=guard,
-        evaluate=lambda state: loss(state.params, state.constants),
+        evaluate=evaluate,
         checkpoints=checkpoints,
         writer=writer,
         description=description,
@@ -239,7 +248,7 @@ def run_stage(
   bits = memory.quantized_bits(frozen)
   return Stage(
     loss_before=loss_before,
-    loss_after=loss(state.params, state.constants),
+    loss_after=evaluate(state),
     base_bytes=memory.tree_bytes(frozen),
     bits=8.0 * np.dtype(config.model.storage_dtype).itemsize if bits is None else bits,
     adapter_bytes=memory.tree_bytes(state.params),

@@ -20,6 +20,10 @@ class BaseChangedError(ValueError):
   """The checkpoint belongs to another base."""
 
 
+class CheckpointError(ValueError):
+  """The newest checkpoint cannot be read; the message names its directory and what to do."""
+
+
 class Checkpoints:
   """The checkpoints of one run directory.
 
@@ -62,24 +66,34 @@ class Checkpoints:
 
     Raises:
       BaseChangedError: it was trained on another base; the message names both fingerprints.
+      CheckpointError: it is damaged, or of another structure than `like`.
     """
     step = self.latest_step()
     if step is None:
       return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore()
-      ),
-    )
-    stored = restored["position"]["base_fingerprint"]
+    # First and apart: a state of another base may not even have the shapes of `like`.
+    position = self._read(step, "position", ocp.args.JsonRestore())
+    stored = position["base_fingerprint"]
     if stored != self._fingerprint:
       raise BaseChangedError(
         f"{self.directory}: step {step} was trained on base {stored}, and this is base "
         f"{self._fingerprint}; give the original base, or another directory"
       )
-    return restored["state"]
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return self._read(step, "state", ocp.args.StandardRestore(abstract))
+
+  def _read(self, step: int, item: str, args: Any) -> Any:
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+    except Exception as error:
+      # Orbax raises all kinds, some of many lines.
+      reason = (str(error).splitlines() or [""])[0][:200]
+      earlier = [other for other in self._manager.all_steps() if other < step]
+      start = f"step {max(earlier)}" if earlier else "the start"
+      raise CheckpointError(
+        f"{self.directory / str(step)}: {item} cannot be read ({type(error).__name__}: {reason}); "
+        f"remove that directory to go on from {start}"
+      ) from error
 
   def wait(self) -> None:
     """Returns when all that was saved is on the disk."""
@@ -108,9 +122,19 @@ def fingerprint(tree: Any) -> str:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
+  if x.dtype == jnp.bool_:
+    x = x.astype(jnp.uint8)
   unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
   words = jax.lax.bitcast_convert_type(x, unsigned).reshape(-1).astype(jnp.uint32)
-  # Odd weights that differ by place, so that a permutation shows; integer sums wrap around and
-  # do not depend on the order.
-  places = jax.lax.iota(jnp.uint32, words.size) * np.uint32(2654435761) | np.uint32(1)
-  return (words * places).sum(dtype=jnp.uint32)
+  # Each word is mixed with its place, so that a permutation shows; integer sums wrap around and
+  # do not depend on the order. (Words times odd weights would not do: two float32 signs that
+  # flip cancel, so W and −W would be one base.)
+  places = jax.lax.iota(jnp.uint32, words.size)
+  return _mix(words ^ _mix(places + np.uint32(0x9E3779B9))).sum(dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """MurmurHash3's finalizer: a bijection of 32 bits in which every bit moves half of them."""
+  x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+  x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+  return x ^ (x >> np.uint32(16))

@@ -33,11 +33,12 @@ class Codebook:
       has a code for −0 that it uses).
     scale: "absmax", the block's largest magnitude; "signed_absmax", the element of largest
       magnitude with its sign, so that one end of the table is always hit exactly;
-      "minmax", (max − min) / (last − first level) with an integer zero-point.
+      "minmax", (max − min) / (last − first level) with an integer zero-point in 8 bits.
     reference: where the table comes from.
 
   Raises:
-    ValueError: levels that are not finite, not ascending, or too few or many.
+    ValueError: levels that are not finite, not ascending, too few or many, or, under "minmax",
+      out of the zero-point's range.
   """
 
   name: str
@@ -62,6 +63,11 @@ class Codebook:
           f"codebook {self.name}: level {i + 1} ({high}) does not exceed level {i} ({low}); "
           "levels ascend"
         )
+    if self.scale == "minmax" and not 0 <= self.levels[0] <= self.levels[-1] <= 255:
+      raise ValueError(
+        f"codebook {self.name}: levels from {self.levels[0]} to {self.levels[-1]}; under "
+        "'minmax' they lie in [0, 255], as the zero-point does, a uint8"
+      )
 
   @property
   def bits(self) -> int:

@@ -1,6 +1,7 @@
 """Generation with a KV cache."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def generate(
     raise ValueError(f"generate: prompt {list(prompt.shape)}; [B, P] with at least one token")
   if max_new_tokens < 1:
     raise ValueError(f"generate: max_new_tokens {max_new_tokens}; at least 1")
-  if temperature < 0 or (temperature > 0 and key is None):
+  if not 0 <= temperature < math.inf or (temperature > 0 and key is None):
     raise ValueError(f"generate: temperature {temperature}; 0, or above it with a key")
   if segment_ids is None:
     segment_ids = jnp.ones(prompt.shape, jnp.int32)
@@ -57,10 +58,12 @@ def generate(
   if empty.size:
     raise ValueError(f"generate: row {empty[0]} of the prompt is all padding")
   key = jax.random.key(0) if key is None else key
-  return _generate(model, variables, prompt, segment_ids, key, temperature, max_new_tokens, eos_id)
+  # An array, or None for greedy: all temperatures above 0 share one program.
+  divisor = jnp.asarray(temperature, jnp.float32) if temperature > 0 else None
+  return _generate(model, variables, prompt, segment_ids, key, divisor, max_new_tokens, eos_id)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(0, 6, 7))
 def _generate(model, variables, prompt, segment_ids, key, temperature, max_new_tokens, eos_id):
   batch, length = prompt.shape
   cache = init_cache(model.config, batch, length + max_new_tokens, model.dtype)
@@ -73,7 +76,7 @@ def _generate(model, variables, prompt, segment_ids, key, temperature, max_new_t
 
   def pick(hidden, key):
     logits = model.apply(variables, hidden, method="logits")
-    if temperature == 0:
+    if temperature is None:
       return logits.argmax(-1).astype(jnp.int32)
     return jax.random.categorical(key, logits / temperature).astype(jnp.int32)
 
@@ -86,10 +89,8 @@ def _generate(model, variables, prompt, segment_ids, key, temperature, max_new_t
       following = jnp.where(done, eos_id, following)
     return (cache, following, done), following
 
-  first_key, *keys = jax.random.split(key, max_new_tokens)
-  first = pick(hidden, first_key)
-  if max_new_tokens == 1:
-    return first[:, None]
+  keys = jax.random.split(key, max_new_tokens)
+  first = pick(hidden, keys[0])
   done = jnp.zeros(batch, bool)
-  _, rest = jax.lax.scan(step, (cache, first, done), jnp.stack(keys))
+  _, rest = jax.lax.scan(step, (cache, first, done), keys[1:])
   return jnp.concatenate([first[:, None], rest.T], axis=1)

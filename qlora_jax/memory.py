@@ -63,7 +63,7 @@ def footprint(
   """Counts a run's bytes from shapes, compiling its train step for the CPU.
 
   Args:
-    frozen: arrays or shapes.
+    frozen: arrays or shapes; only their shapes are read.
     batch_shape: (accumulate_steps, batch_size, seq_len).
     packed_rows: whether rows hold several documents, with segment ids.
   """
@@ -71,7 +71,8 @@ def footprint(
   def make(key, frozen):
     return init_state(*init_lora(key, frozen, lora), optimizer, seed=0, dtype=model.dtype)
 
-  state = jax.eval_shape(make, jax.random.key(0), frozen)
+  frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), frozen)
+  state = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)), frozen)
   ids = jax.ShapeDtypeStruct(batch_shape, jnp.int32)
   batch = {
     "tokens": ids,
@@ -81,7 +82,9 @@ def footprint(
   if packed_rows:
     batch |= {"segment_ids": ids, "positions": ids}
   step = make_train_step(model, optimizer, loss_chunk)
-  analysis = step.lower(state, frozen, batch).compile().memory_analysis()  # pyright: ignore[reportFunctionMemberAccess]
+  with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    compiled = step.lower(state, frozen, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
+  analysis = compiled.memory_analysis()
   return Footprint(
     base=tree_bytes(frozen),
     adapters=tree_bytes(state.params),

@@ -184,9 +184,13 @@ def pack(codes: jax.Array, bits: int) -> tuple[jax.Array, int]:
     for part, size in zip(split_rows(codes, bits, 0), rows, strict=True)
   ]
   if bits == 3:
-    word = sum(part.astype(jnp.uint32) << np.uint32(3 * j) for j, part in enumerate(parts))
-    # [groups, 3, full, N]: the low bytes of all words, then the middle ones, then the high.
-    packed = jnp.stack([(word >> np.uint32(8 * b)).astype(jnp.uint8) for b in range(3)], axis=1)
+    c0, c1, c2, c3, c4, c5, c6, c7 = parts
+    # [groups, 3, full, N]: the low bytes of all words, then the middle ones, then the high. In
+    # bytes throughout: words of 32 bits would be held.
+    low = c0 | c1 << np.uint8(3) | c2 << np.uint8(6)
+    middle = c2 >> np.uint8(2) | c3 << np.uint8(1) | c4 << np.uint8(4) | c5 << np.uint8(7)
+    high = c5 >> np.uint8(1) | c6 << np.uint8(2) | c7 << np.uint8(5)
+    packed = jnp.stack([low, middle, high], axis=1)
   else:
     packed = parts[0]
     for j, part in enumerate(parts[1:], 1):

@@ -33,7 +33,7 @@ _LOSS_SCALE_PERIOD = 200
 
 
 class NonFiniteLossError(RuntimeError):
-  """The loss or the gradient became NaN or infinite; the message names the step."""
+  """A loss or the gradient became NaN or infinite; the message names the step."""
 
 
 class Interrupted(Exception):
@@ -147,7 +147,7 @@ def make_train_step(
 
   def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
     targets = batch["loss_mask"].sum(dtype=jnp.int32)
-    # 1 in place of 0: a batch without targets has loss 0 and changes nothing.
+    # 1 in place of 0: a batch without targets has loss and gradient 0.
     share = state.loss_scale / jnp.maximum(targets, 1).astype(jnp.float32)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl="threefry2x32"), state.step)
 
@@ -268,7 +268,8 @@ def fit(
     writer: gets `loss`, `grad_norm`, …, `held_out_loss`.
 
   Raises:
-    NonFiniteLossError: the last good checkpoint stays.
+    NonFiniteLossError: a loss, held-out or trained on, or a gradient was NaN or infinite; the
+      last good checkpoint stays.
     Interrupted: a signal came, and the state was saved.
   """
   start = int(state.step)
@@ -286,7 +287,8 @@ def fit(
     if step % cfg.log_every == 0 or step == cfg.steps:
       speed = progress.log({"loss": values["loss"]})
       if writer is not None:
-        rate = float(learning_rate(step - 1))
+        # A skipped step does not move the schedule on.
+        rate = float(learning_rate(max(step - 1 - values["skipped"], 0)))
         writer.write(step, {**values, "learning_rate": rate, "tokens_per_second": speed})
 
   with Progress(cfg.steps, initial_step=start, description=description) as progress:
@@ -299,20 +301,25 @@ def fit(
       if evaluate is not None and (last or step % cfg.eval_every == 0):
         settle(progress)
         loss = evaluate(state)
+        _check_finite(step, "held-out loss", loss)
         progress.log({"held-out loss": loss})
         if writer is not None:
           writer.write(step, {"held_out_loss": loss})
-      if guard.received is not None or last or step % cfg.checkpoint_every == 0:
+      # Read once: a signal between two looks would raise without having saved.
+      received = guard.received
+      if received is not None or last or step % cfg.checkpoint_every == 0:
         settle(progress)
         if checkpoints is not None:
           checkpoints.save(step, state)
-      if guard.received is not None:
+      if received is not None:
         if checkpoints is not None:
           checkpoints.wait()
-        raise Interrupted(guard.received, step)
-    settle(progress)
+        raise Interrupted(received, step)
   if checkpoints is not None:
     checkpoints.wait()
+  if guard.received is not None:
+    # It came while the last checkpoint was written: what would follow this training does not.
+    raise Interrupted(guard.received, cfg.steps)
   return state
 
 
@@ -321,8 +328,12 @@ def _check(step: int, values: Mapping[str, float]) -> None:
     # float16: an overflow was skipped and halves the scale; only its end is an error.
     return
   for name in ("loss", "grad_norm"):
-    if not math.isfinite(values[name]):
-      raise NonFiniteLossError(
-        f"step {step}: {name} is {values[name]}; training stopped. Lower "
-        "optimizer.learning_rate, or set optimizer.clip_norm; float16 may need model.dtype=bfloat16"
-      )
+    _check_finite(step, name, values[name])
+
+
+def _check_finite(step: int, name: str, value: float) -> None:
+  if not math.isfinite(value):
+    raise NonFiniteLossError(
+      f"step {step}: {name} is {value}; training stopped. Lower "
+      "optimizer.learning_rate, or set optimizer.clip_norm; float16 may need model.dtype=bfloat16"
+    )

@@ -1,3 +1,4 @@
+import functools
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import qlora_jax as ql
-from qlora_jax.checkpoints import BaseChangedError, Checkpoints, fingerprint
+from qlora_jax.checkpoints import BaseChangedError, CheckpointError, Checkpoints, fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,6 +75,74 @@ def test_what_a_killed_write_leaves_is_no_checkpoint(tmp_path):
     assert_equal(checkpoints.restore(state_of(0.0)), state_of(4.0))
 
 
+def test_another_base_is_refused_even_where_the_state_has_other_shapes(tmp_path):
+  with opened(tmp_path, base="one") as checkpoints:
+    checkpoints.save(1, {"adapter": jnp.ones((3, 4))})
+    checkpoints.wait()
+  with (
+    opened(tmp_path, base="two") as checkpoints,
+    pytest.raises(BaseChangedError, match=r"base one, and this is base two"),
+  ):
+    checkpoints.restore({"adapter": jnp.ones((5, 4)), "more": jnp.ones(2)})
+
+
+# An event loop of Orbax's, closed while files are still read.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("lost", ["state", "position", "state/manifest.ocdbt", "state/d", "."])
+def test_a_checkpoint_with_files_missing_says_what_to_do(tmp_path, lost):
+  with opened(tmp_path) as checkpoints:
+    checkpoints.save(1, state_of(1.0))
+    checkpoints.save(2, state_of(2.0))
+    checkpoints.wait()
+  path = tmp_path / "2" / lost
+  path.unlink() if path.is_file() else shutil.rmtree(path)
+  path.parent.mkdir(exist_ok=True)
+  if lost == ".":
+    path.mkdir()
+  with opened(tmp_path) as checkpoints:
+    with pytest.raises(CheckpointError) as raised:
+      checkpoints.restore(state_of(0.0))
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path / '2'}: ")
+    assert message.endswith("remove that directory to go on from step 1")
+    assert "\n" not in message
+  shutil.rmtree(tmp_path / "2")
+  with opened(tmp_path) as checkpoints:
+    assert_equal(checkpoints.restore(state_of(0.0)), state_of(1.0))
+
+
+def test_a_state_of_another_structure_is_one_line_too(tmp_path):
+  with opened(tmp_path) as checkpoints:
+    checkpoints.save(1, {"adapter": jnp.ones((3, 4))})
+    checkpoints.wait()
+    for other in ({"adapter": jnp.ones((5, 4))}, {"other": jnp.ones((3, 4))}):
+      with pytest.raises(CheckpointError, match=r"/1: state cannot be read .* from the start$"):
+        checkpoints.restore(other)
+
+
+def test_a_state_that_the_next_step_donates_is_saved_as_it_was(tmp_path):
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state):
+    return jax.tree.map(lambda x: x + 1, state)
+
+  state = {str(i): jnp.zeros((500, 1000)) for i in range(4)}
+  with opened(tmp_path, keep=4) as checkpoints:
+    for i in range(1, 5):
+      state = step(state)
+      checkpoints.save(i, state)
+      for _ in range(5):
+        state = step(state)
+      state = jax.tree.map(lambda x, i=i: jnp.full_like(x, i), state)
+    checkpoints.wait()
+  for i in range(4, 0, -1):
+    with opened(tmp_path) as checkpoints:
+      restored = checkpoints.restore(state)
+    assert restored is not None
+    for leaf in restored.values():
+      assert (np.asarray(leaf) == i).all()
+    shutil.rmtree(tmp_path / str(i))
+
+
 @pytest.mark.parametrize(
   "other",
   [
@@ -83,11 +152,49 @@ def test_what_a_killed_write_leaves_is_no_checkpoint(tmp_path):
     {"a": jnp.asarray([1.0, 2.0, 3.0], jnp.bfloat16)},
     {"a": jnp.asarray([[1.0, 2.0, 3.0]])},
     {"b": jnp.asarray([1.0, 2.0, 3.0])},
+    {"a": jnp.asarray([1.0, -2.0, -3.0])},
   ],
-  ids=["value", "order", "sign", "dtype", "shape", "path"],
+  ids=["value", "order", "sign", "dtype", "shape", "path", "two signs"],
 )
 def test_fingerprint_tells_bases_apart(other):
   assert fingerprint({"a": jnp.asarray([1.0, 2.0, 3.0])}) != fingerprint(other)
+
+
+def test_fingerprint_of_a_negated_or_permuted_weight_is_another():
+  w = jax.random.normal(jax.random.key(0), (64, 32))
+  others = [w, -w, w[::-1], w[:, ::-1], w.at[0, 0].set(w[0, 1]).at[0, 1].set(w[0, 0])]
+  # The hard case of a checksum: x and −x change places.
+  pair = jnp.asarray([1.0, -1.0])
+  assert len({fingerprint({"a": other}) for other in others}) == len(others)
+  assert fingerprint({"a": pair}) != fingerprint({"a": -pair})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "uint8", "int32", "uint32"])
+def test_fingerprint_sees_each_bit_of_each_dtype(dtype):
+  def of(words: np.ndarray) -> str:
+    return fingerprint({"a": jax.lax.bitcast_convert_type(jnp.asarray(words), jnp.dtype(dtype))})
+
+  bits = 8 * jnp.dtype(dtype).itemsize
+  words = np.arange(1, 6, dtype=f"uint{bits}")
+  seen = {of(words)}
+  for place, bit in [(0, 0), (4, bits - 1), *((2, bit) for bit in range(bits))]:
+    flipped = words.copy()
+    flipped[place] ^= np.asarray(1, words.dtype) << np.asarray(bit, words.dtype)
+    seen.add(of(flipped))
+  assert len(seen) == 3 + bits
+
+
+def test_fingerprint_of_flags_scalars_and_nothing():
+  trees = [
+    {"a": jnp.asarray([True, False])},
+    {"a": jnp.asarray([False, True])},
+    {"a": jnp.asarray(1.0)},
+    {"a": jnp.asarray(-1.0)},
+    {"a": jnp.zeros((0, 4))},
+    {"a": jnp.zeros((4, 0))},
+    {},
+  ]
+  assert len({fingerprint(tree) for tree in trees}) == len(trees)
 
 
 def test_fingerprint_is_the_same_in_every_process():

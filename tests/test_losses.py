@@ -1,3 +1,6 @@
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +61,64 @@ def test_no_targets_is_zero_and_finite(case):
   assert not grad.any()
 
 
+def test_bfloat16_hidden_states_under_strict_promotion(case):
+  hidden, head, targets, mask = case
+  hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
+
+  def loss(hidden, head):
+    def logits(h):
+      return jnp.matmul(h, head, preferred_element_type=jnp.float32)
+
+    return chunked_cross_entropy(logits, hidden, targets, mask, 5)
+
+  with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
+  assert value.dtype == jnp.float32
+  assert {grad.dtype for grad in grads} == {jnp.dtype(jnp.bfloat16)}
+  np.testing.assert_allclose(value, oracle(hidden, head, targets, mask), rtol=1e-6)
+
+
+@pytest.mark.parametrize("ignored", [-100, VOCABULARY, 2**31 - 1])
+def test_targets_that_do_not_count_may_be_anything(case, ignored):
+  hidden, head, targets, mask = case
+
+  def loss(hidden, targets):
+    return chunked_cross_entropy(lambda h: h @ head, hidden, targets, mask, 7)
+
+  value, grad = jax.value_and_grad(loss)(hidden, jnp.where(mask, targets, ignored))
+  expected, expected_grad = jax.value_and_grad(loss)(hidden, targets)
+  np.testing.assert_array_equal(value, expected)
+  np.testing.assert_array_equal(grad, expected_grad)
+  assert not grad[~mask].any()
+
+
+def shapes_in(jaxpr) -> set[tuple[int, ...]]:
+  """Of all results of the program, inner ones (loops, branches) too."""
+  shapes = set()
+  for equation in jaxpr.eqns:
+    shapes |= {tuple(each.aval.shape) for each in equation.outvars}
+    for inner in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+    ):
+      if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+        shapes |= shapes_in(inner if hasattr(inner, "eqns") else inner.jaxpr)
+  return shapes
+
+
+def test_no_result_of_the_program_has_the_size_of_all_logits(case):
+  hidden, head, targets, mask = case
+
+  def largest(chunk: int) -> int:
+    def loss(hidden, head):
+      return chunked_cross_entropy(lambda h: h @ head, hidden, targets, mask, chunk)
+
+    program = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, head).jaxpr
+    return max(math.prod(shape) for shape in shapes_in(program))
+
+  assert largest(TOKENS) == TOKENS * VOCABULARY  # so that the line below says something
+  assert largest(4) == WIDTH * VOCABULARY  # the head's own gradient
+
+
 def test_logits_of_all_tokens_never_exist():
   tokens, chunk, vocabulary = 4096, 64, 4096
   targets, mask = jnp.zeros(tokens, jnp.int32), jnp.ones(tokens, bool)
@@ -68,7 +129,8 @@ def test_logits_of_all_tokens_never_exist():
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 16), (16, vocabulary))]
     compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    analysis: Any = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes
 
   all_logits = tokens * vocabulary * 4
   assert temporaries(chunk) < all_logits / 8

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -14,7 +16,7 @@ RULES = {"layers/*/attn/*": ql.QuantizationConfig(), "layers/*/mlp/*": ql.Quanti
 
 @pytest.fixture(scope="module")
 def frozen():
-  dense = MODEL.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+  dense = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
   dense = jax.tree.map(lambda w: w.astype(jnp.bfloat16), dense)
   return ql.quantize_tree(dense, RULES)
 
@@ -27,10 +29,11 @@ def test_bytes_and_bits_are_counted():
   assert memory.quantized_bits({"b": jnp.ones(3)}) is None
 
 
-def footprint(frozen, batch_size=2):
+@functools.cache
+def footprint(batch_size: int) -> memory.Footprint:
   return memory.footprint(
     MODEL,
-    frozen,
+    checkpoint.abstract_base(MODEL, RULES, jnp.bfloat16),
     lora.LoRAConfig(rank=4),
     optimizers.make(OptimizerConfig(), 10),
     batch_shape=(1, batch_size, 32),
@@ -45,7 +48,7 @@ def test_shapes_alone_give_the_real_bytes(frozen):
   assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
     lambda x: (x.shape, x.dtype), frozen
   )
-  counted = footprint(abstract)
+  counted = footprint(2)
   params, constants = lora.init(jax.random.key(0), frozen, lora.LoRAConfig(rank=4))
   optimizer = optimizers.make(OptimizerConfig(), 10)
   state = train.init_state(params, constants, optimizer, seed=0, dtype=jnp.float32)
@@ -54,14 +57,25 @@ def test_shapes_alone_give_the_real_bytes(frozen):
   assert counted.optimizer == memory.tree_bytes(state.opt_state)
 
 
-def test_activations_grow_with_the_batch(frozen):
-  small, large = (footprint(frozen, batch_size).activations for batch_size in (2, 8))
+def test_shapes_of_a_base_that_no_machine_here_holds():
+  llama = TransformerConfig(128256, 8192, 28672, 80, 64, 8, 128)
+  abstract = checkpoint.abstract_base(Transformer(llama), RULES, jnp.bfloat16)
+  layers = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+  others = 2 * 128256 * 8192 + 80 * 2 * 8192 + 8192
+  bits = memory.quantized_bits(abstract)
+  assert bits is not None
+  assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
+  assert memory.tree_bytes(abstract) == layers * bits / 8 + 2 * others
+
+
+def test_activations_grow_with_the_batch():
+  small, large = (footprint(batch_size).activations for batch_size in (2, 8))
   assert 0 < small
   assert 2 * small < large
 
 
 def test_the_table_names_each_weight(frozen):
-  rows = memory.weight_table(frozen, footprint(frozen).state)
+  rows = memory.weight_table(frozen, footprint(2).state)
   by_path = {path: rest for path, *rest in rows}
   shape, treatment, adapter = by_path["layers/mlp/up/kernel"]
   assert shape == "2×32×48"

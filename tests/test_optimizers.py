@@ -1,3 +1,6 @@
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,23 +23,44 @@ def test_schedule_rises_and_decays(kind, warmup):
   np.testing.assert_allclose(middle, 0.5 if kind == "constant" else 0.25, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_schedule_at_its_corners(kind):
+  def rate(warmup, steps, step) -> float:
+    cfg = OptimizerConfig(learning_rate=0.5, schedule=kind, warmup_steps=warmup)
+    return np.asarray(optimizers.schedule(cfg, steps)(step)).item()
+
+  # Warm-up: 1/5, 2/5, … of the rate, all of it at step `warmup_steps`.
+  rates = [rate(4, 20, step) for step in range(5)]
+  np.testing.assert_allclose(rates, [0.1, 0.2, 0.3, 0.4, 0.5], rtol=1e-6)
+  # The last step that is taken is `steps − 1`; its rate is the last above 0.
+  last = {"constant": 0.5, "linear": 0.5 / 16, "cosine": 0.25 * (1 + np.cos(np.pi * 15 / 16))}
+  np.testing.assert_allclose(rate(4, 20, 19), last[kind], rtol=1e-5)
+  for step in (20, 21, 1000):
+    np.testing.assert_allclose(rate(4, 20, step), 0.5 if kind == "constant" else 0.0, atol=1e-7)
+  # All warm-up but the last step; one step in all.
+  np.testing.assert_allclose(rate(19, 20, 19), 0.5, rtol=1e-6)
+  np.testing.assert_allclose(rate(0, 1, 0), 0.5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 def test_adamw_follows_its_equations(clip_norm):
+  # The schedule moves too, and the second gradient is below the norm that clips.
   cfg = OptimizerConfig(
-    learning_rate=0.1, schedule="constant", weight_decay=0.01, b1=0.8, b2=0.9, clip_norm=clip_norm
+    learning_rate=0.1, schedule="linear", weight_decay=0.01, b1=0.8, b2=0.9, clip_norm=clip_norm
   )
   optimizer = optimizers.make(cfg, 10)
-  params = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray([0.5])}
+  params: Any = {"a": jnp.asarray([1.0, -2.0]), "b": jnp.asarray([0.5])}
   state = optimizer.init(params)
   p, m, v = np.array([1.0, -2.0, 0.5]), np.zeros(3), np.zeros(3)
-  for step in range(1, 4):
-    grads = {"a": jnp.asarray([3.0, step]), "b": jnp.asarray([-1.0])}
-    updates, state = optimizer.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
-    g = np.array([3.0, step, -1.0])
+  for step, g in enumerate(([3.0, 1.0, -1.0], [0.3, -0.2, 0.1], [4.0, 3.0, 2.0]), start=1):
+    grads = {"a": jnp.asarray(g[:2]), "b": jnp.asarray(g[2:])}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+      updates, state = optimizer.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    g = np.asarray(g)
     if clip_norm is not None:
       g = g * min(1, clip_norm / np.linalg.norm(g))
     m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
     update = (m / (1 - 0.8**step)) / (np.sqrt(v / (1 - 0.9**step)) + 1e-8)
-    p = p - 0.1 * (update + 0.01 * p)
+    p = p - 0.1 * (1 - (step - 1) / 10) * (update + 0.01 * p)
   np.testing.assert_allclose(np.concatenate([params["a"], params["b"]]), p, rtol=1e-5)

@@ -101,7 +101,7 @@ def from_bitsandbytes(
   """The packed weight that bitsandbytes' arrays stand for, code for code.
 
   Args:
-    packed: uint8, of any shape.
+    packed: the bytes, in any shape and dtype.
     absmax: float32, or uint8 where doubly quantized.
     shape: torch's, `[out, in]`.
     quant_type: "nf4" or "fp4".
@@ -122,7 +122,9 @@ def from_bitsandbytes(
   n, k = shape
   _check_blocks("from_bitsandbytes", (k, n), block_size)
   count, blocks = n * k, -(-k // block_size)
-  packed, absmax = np.asarray(packed).reshape(-1), np.asarray(absmax).reshape(-1)
+  # Files may hold the bytes as another dtype (bnb_4bit_quant_storage).
+  packed = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
+  absmax = np.asarray(absmax).reshape(-1)
   nested = nested_absmax is not None
   sizes = [("packed", packed, np.uint8, -(-count // 2))]
   sizes += [("absmax", absmax, np.uint8 if nested else np.float32, blocks * n)]

@@ -80,6 +80,9 @@ def load_adapter(
   places = _places(weights)
   found: dict[str, dict[int | None, dict[str, np.ndarray]]] = {}
   for key in sorted(tensors):
+    if base := re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.base_layer\.weight", key):
+      _check_base(f"{file}: {key}", tensors[key], weights, places.get(base[1]))
+      continue
     match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", key)
     if match is None:
       raise ValueError(f"{file}: {key}: not a LoRA matrix; only lora_A and lora_B are supported")
@@ -276,6 +279,24 @@ def _module_name(layer_path: str) -> str:
 
 def _virtual(layer_path: str, layer: int) -> str:
   return tree_paths.per_layer(layer_path, layer + 1)[layer]
+
+
+def _check_base(
+  where: str,
+  stored: np.ndarray,
+  weights: Mapping[str, Any],
+  place: tuple[str, int | None] | None,
+) -> None:
+  """PEFT writes a copy of the head's base weight beside its adapter: it must be the base's own."""
+  if place is None:
+    raise ValueError(f"{where}: the base has no such layer")
+  layer_path, layer = place
+  w = weights[layer_path]
+  if is_quantized(w):
+    return  # the copy is of before the packing
+  w = w if layer is None else w[layer]
+  if stored.shape != w.shape[::-1] or not np.array_equal(stored.T.astype(w.dtype), w):
+    raise ValueError(f"{where}: differs from the base's; the adapter belongs to another base")
 
 
 def _rank(file: Path, module: str, pair: Mapping[str, np.ndarray], k: int, n: int) -> int:

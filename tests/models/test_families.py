@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import pytest
+import safetensors
 
 from qlora_jax.models import families
 from qlora_jax.models.transformer import RopeScaling, TransformerConfig
@@ -143,8 +144,6 @@ def test_rope_scaling_of_version_4_is_refused_by_its_old_name():
 
 
 def test_names_are_those_of_a_llama_file(shared):
-  import safetensors
-
   directory = shared / "golden" / "tiny_llama" / "hf_fp32"
   with safetensors.safe_open(directory / "model.safetensors", framework="numpy") as file:
     stored = set(file.keys())

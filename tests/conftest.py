@@ -1,0 +1,41 @@
+"""Four simulated devices on a CPU, strict promotion for our own numerics, the shared folder."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+# At import, before any test module can start a backend.
+jax.config.update("jax_num_cpu_devices", 4)
+if "JAX_PLATFORMS" not in os.environ:
+  jax.config.update("jax_platforms", "cpu")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Optax needs the standard modes of promotion.
+_STANDARD = (
+  "tests/test_train.py",
+  "tests/test_optimizers.py",
+  "tests/test_checkpoints.py",
+  "tests/test_readme.py",
+  "tests/experiments/",
+)
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+  if request.path.relative_to(ROOT).as_posix().startswith(_STANDARD):
+    yield
+    return
+  with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+    yield
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+  """The folder of golden vectors, reference tables and data that stands beside the project."""
+  folder = ROOT.parent / "shared"
+  if not folder.is_dir():
+    pytest.skip(f"{folder} is absent: a clone of the project alone has no golden vectors")
+  return folder

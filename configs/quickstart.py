@@ -1,7 +1,8 @@
 """A first look, with no download and no file: about two minutes on two cores.
 
 A base of 0.8 million parameters is trained on generated tales (once; it is kept in a cache),
-quantized to 4 bits, and fine-tuned on generated manuals, which it has never seen.
+quantized to 4 bits, and fine-tuned on generated manuals, of which it has seen a few. (One that has
+seen none is so sure of the wrong thing that the noise of 4 bits lowers its loss.)
 
   python -m experiments.run --config configs/quickstart.py
 """
@@ -17,6 +18,7 @@ def get_config():
   config.pretrain.steps = 160
   config.pretrain.batch_size = 16
   config.pretrain.domain = "tales"
+  config.pretrain.minor_domain = "manuals"
   config.pretrain.max_position_embeddings = 256
 
   config.model.dtype = "float32"  # a CPU has no fast bfloat16 products

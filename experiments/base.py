@@ -54,6 +54,10 @@ def trained_base(cfg: PretrainConfig) -> Path:
   model = Transformer(architecture(cfg), dtype=jnp.float32)
   tokenizer = data.ByteTokenizer()
   documents = synthetic.corpus(cfg.domain, cfg.num_documents, cfg.seed)
+  if cfg.minor_domain is not None:
+    # From far-off seeds: a trial fine-tunes on, and holds out, documents of its own.
+    seed = (cfg.seed + 2**31) % 2**32
+    documents += synthetic.corpus(cfg.minor_domain, cfg.minor_documents, seed)
   rows = data.pack([tokenizer.encode(text) for text in documents], cfg.max_position_embeddings)
   # From scratch is training with every leaf overridden: the whole tree is in `params`.
   params = model.init(jax.random.key(cfg.seed), jnp.zeros((1, 2), jnp.int32))["frozen"]

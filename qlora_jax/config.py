@@ -118,6 +118,8 @@ class PretrainConfig(_Section):
     learning_rate: the highest, after warm-up.
     domain: kind of text that is generated (see qlora_jax/synthetic.py).
     num_documents: documents that are generated.
+    minor_domain: kind of text of which the base sees a little as well, or None.
+    minor_documents: documents of it.
     vocab_size: tokens; the tokens are bytes, so 256 or more.
     hidden_size: width D of the residual stream.
     intermediate_size: width of the SwiGLU.
@@ -133,6 +135,8 @@ class PretrainConfig(_Section):
   learning_rate: float = 3e-3
   domain: str = "tales"
   num_documents: int = 2000
+  minor_domain: str | None = None
+  minor_documents: int = 100
   vocab_size: int = 256
   hidden_size: int = 128
   intermediate_size: int = 344
@@ -146,7 +150,8 @@ class PretrainConfig(_Section):
 
   def _check(self) -> None:
     self._at_least(0, "steps")
-    self._at_least(1, "batch_size", "num_documents", "intermediate_size", "num_layers")
+    self._at_least(1, "batch_size", "num_documents", "minor_documents")
+    self._at_least(1, "intermediate_size", "num_layers")
     self._at_least(1, "num_heads", "num_kv_heads")
     self._at_least(2, "hidden_size", "max_position_embeddings")
     self._at_least(256, "vocab_size")

@@ -154,6 +154,14 @@ def test_impossible_levels(levels, message):
   assert message in str(error.value)
 
 
+@pytest.mark.parametrize("first", [-8, 250])
+def test_levels_that_no_zero_point_could_reach(first):
+  levels = np.arange(first, first + 16).tolist()
+  with pytest.raises(ValueError, match=rf"levels from {first}.0 to .* in \[0, 255\], as the zero"):
+    codebooks.custom(levels, scale="minmax")
+  assert codebooks.custom(levels).bits == 4
+
+
 def test_unknown_scale_rule():
   with pytest.raises(ValueError, match="scale 'max'; one of absmax, signed_absmax, minmax"):
     codebooks.custom([0.0, 1.0], scale="max")  # pyright: ignore[reportArgumentType]

@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -7,66 +6,18 @@ import numpy as np
 import pytest
 
 from qlora_jax import dequantize, quantize, quantized_matmul
-from qlora_jax.matmul import api
+from qlora_jax.matmul import api, specs
 
-# The specs that every implementation's tests run.
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-  codebook: str
-  block_size: int
-  k: int
-  n: int
-  dtype: str
-  double: bool = True
-  leading: tuple[int, ...] = (5,)
-
-  def __str__(self):
-    double = "dq" if self.double else "sq"
-    rows = "x".join(map(str, self.leading))
-    return f"{self.codebook}-b{self.block_size}-{rows}x{self.k}x{self.n}-{self.dtype}-{double}"
-
-  def x(self, seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), (*self.leading, self.k), self.dtype)
-
-  def w(self, seed: int = 1, stack: tuple[int, ...] = ()):
-    w = jax.random.normal(jax.random.key(seed), (*stack, self.k, self.n))
-    return quantize(
-      w, codebook=self.codebook, block_size=self.block_size, double_quantization=self.double
-    )
+SMALL = specs.ArgumentSpec(256, 16)
 
 
-SPECS = [
-  # Widths by precision, on whole groups.
-  *(
-    Spec(codebook, 64, 256, 48, dtype)
-    for codebook, dtype in itertools.product(
-      ("nf2", "nf3", "nf4", "int8"), ("float32", "bfloat16", "float16")
-    )
-  ),
-  # K that the group, the unit or the block does not divide.
-  *(
-    Spec(codebook, 64, k, 5, "float32", double)
-    for codebook, k, double in itertools.product(
-      ("nf2", "nf3", "nf4", "int8"), (3, 127, 172), (False,)
-    )
-  ),
-  *(Spec("nf4", 64, k, 7, "bfloat16") for k in (129, 172)),
-  *(Spec("nf4", block, 384, 16, "float32") for block in (1, 32, 48, 100, 512)),
-  Spec("fp4", 64, 256, 16, "float32"),
-  Spec("int4_signed", 32, 256, 16, "bfloat16"),
-  Spec("int4_zero_point", 32, 256, 16, "float32", False),
-  Spec("int4_zero_point", 32, 171, 16, "bfloat16"),
-  # A table with no zero, with padding.
-  Spec("equal_mass16", 64, 129, 3, "float32"),
-  # Rows: none, several axes, a single one.
-  Spec("nf4", 64, 128, 16, "float32", leading=()),
-  Spec("nf4", 64, 128, 16, "bfloat16", leading=(2, 3, 1)),
-  Spec("nf4", 64, 128, 1, "float32", leading=(1,)),
-  Spec("nf4", 64, 2048, 24, "bfloat16"),
-]
-SMALL = Spec("nf4", 64, 256, 16, "float32")
+def x_of(spec: specs.ArgumentSpec) -> jax.Array:
+  return spec.x(jax.random.key(0))
+
+
+def w_of(spec: specs.ArgumentSpec, stack: tuple[int, ...] = ()):
+  return spec.w(jax.random.key(1), stack)
+
 
 IMPLEMENTATIONS = list(api.IMPLEMENTATIONS)
 
@@ -115,10 +66,10 @@ def gathered(f, *args) -> int:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", specs.SMALL, ids=str)
 def test_product_and_gradient(spec, implementation):
-  x, w = spec.x(), spec.w()
-  g = jax.random.normal(jax.random.key(2), (*spec.leading, spec.n), spec.dtype)
+  x, w = x_of(spec), w_of(spec)
+  g = jax.random.normal(jax.random.key(2), (*spec.rows, spec.n), spec.dtype)
 
   @jax.jit
   def f(x, w, g):
@@ -126,7 +77,7 @@ def test_product_and_gradient(spec, implementation):
     return y, pullback(g)[0]
 
   y, dx = f(x, w, g)
-  assert (y.dtype, y.shape) == (x.dtype, (*spec.leading, spec.n))
+  assert (y.dtype, y.shape) == (x.dtype, (*spec.rows, spec.n))
   assert (dx.dtype, dx.shape) == (x.dtype, x.shape)
   dense = dequantize(w, x.dtype)
   assert_product(y, x, dense)
@@ -135,15 +86,28 @@ def test_product_and_gradient(spec, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_jit_equals_eager(implementation):
-  x, w = SMALL.x(), SMALL.w()
+  x, w = x_of(SMALL), w_of(SMALL)
   eager = quantized_matmul(x, w, implementation=implementation)
   assert_product(eager, x, dequantize(w))
   assert_product(jax.jit(quantized_matmul)(x, w), x, dequantize(w))
 
 
 def test_numpy_x():
-  w = SMALL.w()
-  assert_product(quantized_matmul(np.asarray(SMALL.x()), w), SMALL.x(), dequantize(w))  # pyright: ignore[reportArgumentType]
+  w = w_of(SMALL)
+  assert_product(quantized_matmul(np.asarray(x_of(SMALL)), w), x_of(SMALL), dequantize(w))  # pyright: ignore[reportArgumentType]
+
+
+def test_specs_are_told_apart_by_their_names():
+  names = [str(spec) for spec in (*specs.SMALL, *specs.REAL)]
+  assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("spec", specs.REAL, ids=str)
+def test_real_shapes(spec):
+  # Traced alone: no kernel of these sizes runs here.
+  x, w = jax.eval_shape(lambda key: (spec.x(key), spec.w(key)), jax.random.key(0))
+  y = jax.eval_shape(quantized_matmul, x, w)
+  assert (y.shape, y.dtype) == ((*spec.rows, spec.n), jnp.bfloat16)
 
 
 # Transformations
@@ -151,7 +115,7 @@ def test_numpy_x():
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_a_batch_of_x_decodes_the_weight_once(axis):
-  w = SMALL.w()
+  w = w_of(SMALL)
   x = jax.random.normal(jax.random.key(0), (7, 3, 256))
   batched = jax.vmap(quantized_matmul, (axis, None), axis)
   xs = jnp.moveaxis(x, 0, axis)
@@ -170,28 +134,55 @@ def test_a_batch_of_x_decodes_the_weight_once(axis):
 
 
 def test_nested_batches_of_x_decode_the_weight_once():
-  w = SMALL.w()
+  w = w_of(SMALL)
   x = jax.random.normal(jax.random.key(0), (2, 3, 4, 256))
   nested = jax.vmap(jax.vmap(quantized_matmul, (0, None)), (1, None), 1)
   assert_product(nested(x, w), x, dequantize(w))
   assert gathered(nested, x, w) == gathered(quantized_matmul, x[0, 0], w)
 
 
+def test_a_batch_of_x_reaches_the_implementation_as_rows(monkeypatch):
+  # Under a plain vmap it would see one example, and a kernel would be launched for each.
+  seen = []
+  xla = api.IMPLEMENTATIONS["xla"]
+
+  def recorded(product):
+    def call(x, w):
+      seen.append((x.shape, w.shape))
+      return product(x, w)
+
+    return call
+
+  spy = api.Implementation(recorded(xla.forward), recorded(xla.input_gradient), xla.unsupported)
+  monkeypatch.setattr(api, "IMPLEMENTATIONS", {"spy": spy})
+  w = w_of(SMALL)
+  x = jax.random.normal(jax.random.key(0), (7, 3, 256))
+
+  def batched(f):
+    seen.clear()
+    jax.make_jaxpr(jax.vmap(f))(x)
+    return seen[-1]
+
+  assert batched(lambda x: quantized_matmul(x, w)) == ((7, 3, 256), (256, 16))
+  gradient = batched(jax.grad(lambda x: quantized_matmul(x, w).sum()))
+  assert gradient == ((7, 3, 16), (256, 16))
+
+
 def test_a_stack_of_weights():
   x = jax.random.normal(jax.random.key(0), (3, 5, 256))
-  w = SMALL.w(stack=(3,))
+  w = w_of(SMALL, stack=(3,))
   y = jax.vmap(quantized_matmul)(x, w)
   shared = jax.vmap(quantized_matmul, (None, 0))(x[0], w)
   dense = dequantize(w)
   for i in range(3):
     assert_product(y[i], x[i], dense[i])
     assert_product(shared[i], x[0], dense[i])
-  assert gathered(jax.vmap(quantized_matmul), x, w) >= 3 * SMALL.w().size
+  assert gathered(jax.vmap(quantized_matmul), x, w) >= 3 * w_of(SMALL).size
 
 
 def test_a_batch_of_one_leaf_of_the_weight():
   # Trials that differ in their table alone.
-  w, x = SMALL.w(), SMALL.x()
+  w, x = w_of(SMALL), x_of(SMALL)
   levels = jnp.stack([w.levels, w.levels * 2])
   y = jax.vmap(lambda levels: quantized_matmul(x, dataclasses.replace(w, levels=levels)))(levels)
   assert_product(y[0], x, dequantize(w))
@@ -199,7 +190,7 @@ def test_a_batch_of_one_leaf_of_the_weight():
 
 
 def test_vmap_of_grad():
-  w = SMALL.w()
+  w = w_of(SMALL)
   xs = jax.random.normal(jax.random.key(0), (3, 5, 256))
   g = jax.random.normal(jax.random.key(1), (3, 5, 16))
 
@@ -208,14 +199,14 @@ def test_vmap_of_grad():
 
   dx = jax.vmap(jax.grad(loss), (0, None, 0))(xs, w, g)
   assert_product(dx, g, np.asarray(dequantize(w)).T)
-  ws = SMALL.w(stack=(3,))
+  ws = w_of(SMALL, stack=(3,))
   dx = jax.vmap(jax.grad(loss))(xs, ws, g)
   for i in range(3):
     assert_product(dx[i], g[i], np.asarray(dequantize(ws)[i]).T)
 
 
 def test_grad_of_nested_vmap():
-  w = SMALL.w()
+  w = w_of(SMALL)
   x = jax.random.normal(jax.random.key(0), (2, 3, 5, 256))
   g = jax.random.normal(jax.random.key(1), (2, 3, 5, 16))
 
@@ -233,8 +224,8 @@ LAYERS_RTOL = 1e-5
 @pytest.mark.parametrize("remat", [False, True])
 def test_scan_over_layers(remat):
   k, layers = 128, 4
-  spec = Spec("nf4", 64, k, k, "float32")
-  x, w = spec.x(), spec.w(stack=(layers,))
+  spec = specs.ArgumentSpec(k, k)
+  x, w = x_of(spec), w_of(spec, stack=(layers,))
 
   def run(product, x, w):
     def layer(x, w):
@@ -250,7 +241,7 @@ def test_scan_over_layers(remat):
 
 
 def test_the_base_gets_no_gradient():
-  x, w = SMALL.x(), SMALL.w()
+  x, w = x_of(SMALL), w_of(SMALL)
   dw = jax.grad(lambda w: quantized_matmul(x, w).sum(), allow_int=True)(w)
   for leaf, cotangent in zip(jax.tree.leaves(w), jax.tree.leaves(dw), strict=True):
     assert cotangent.shape == leaf.shape
@@ -261,7 +252,7 @@ def test_the_base_gets_no_gradient():
 
 
 def test_reverse_mode_only():
-  x, w = SMALL.x(), SMALL.w()
+  x, w = x_of(SMALL), w_of(SMALL)
   with pytest.raises(TypeError, match="forward-mode"):
     jax.jvp(lambda x: quantized_matmul(x, w), (x,), (x,))
 
@@ -272,8 +263,8 @@ def test_reverse_mode_only():
 @pytest.mark.parametrize("form", ["unrolled", "scanned", "unrolled-remat", "scanned-remat"])
 def test_training_holds_few_dequantized_weights(form):
   k, layers = 512, 8
-  spec = Spec("nf4", 64, k, k, "float32", leading=(16,))
-  x, stack = spec.x(), spec.w(stack=(layers,))
+  spec = specs.ArgumentSpec(k, k, rows=(16,))
+  x, stack = x_of(spec), w_of(spec, stack=(layers,))
 
   def layer(x, w):
     return jnp.tanh(quantized_matmul(x, w)), None
@@ -333,7 +324,7 @@ def test_what_cannot_be_multiplied(x, w, kind, message):
 
 def test_x_of_another_dtype():
   with pytest.raises(TypeError, match="x is int32; bfloat16, float16 or float32 is wanted"):
-    quantized_matmul(jnp.ones((2, 256), jnp.int32), SMALL.w())
+    quantized_matmul(jnp.ones((2, 256), jnp.int32), w_of(SMALL))
 
 
 # The choice of implementation
@@ -355,7 +346,7 @@ def picky(monkeypatch):
 
 
 def test_the_first_that_supports_the_case_serves_it(picky):
-  x, w = SMALL.x(), SMALL.w()
+  x, w = x_of(SMALL), w_of(SMALL)
   assert (quantized_matmul(x, w) == 1).all()
   assert (jax.grad(lambda x: quantized_matmul(x, w).sum())(x) == 2).all()
   assert_product(quantized_matmul(x, w, implementation="xla"), x, dequantize(w))
@@ -374,4 +365,4 @@ def test_one_that_was_named_and_cannot_says_why(picky):
 
 def test_an_unknown_one_names_those_that_are(picky):
   with pytest.raises(ValueError, match="'gpuu': not in this version; there is picky, xla"):
-    quantized_matmul(SMALL.x(), SMALL.w(), implementation="gpuu")
+    quantized_matmul(x_of(SMALL), w_of(SMALL), implementation="gpuu")

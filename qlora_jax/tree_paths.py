@@ -42,17 +42,24 @@ def is_stacked(path: str) -> bool:
 
   So it is below a key `layers` that is not itself a list of layers (`layers/0/…`).
   """
-  parts = path.split("/")
-  return any(
-    part == _STACK and not following.isdigit() for part, following in itertools.pairwise(parts)
-  )
+  return _stack(path.split("/")) is not None
+
+
+def _stack(parts: list[str]) -> int | None:
+  """Where the key of the stack stands, if there is one."""
+  for i, (part, following) in enumerate(itertools.pairwise(parts)):
+    if part == _STACK and not following.isdigit():
+      return i
+  return None
 
 
 def per_layer(path: str, num_layers: int) -> list[str]:
   """The virtual paths of a stacked leaf: `layers/0/attn/q`, `layers/1/attn/q`, …"""
   parts = path.split("/")
-  i = parts.index(_STACK) + 1
-  return ["/".join([*parts[:i], str(layer), *parts[i:]]) for layer in range(num_layers)]
+  stack = _stack(parts)
+  assert stack is not None, path
+  head, tail = parts[: stack + 1], parts[stack + 1 :]
+  return ["/".join([*head, str(layer), *tail]) for layer in range(num_layers)]
 
 
 def matches(pattern: str, path: str) -> bool:

@@ -357,6 +357,36 @@ def test_merge_refuses_what_the_base_has_no_weight_for(path):
   assert str(error.value) == f"merge: {path}: the base has no weight there"
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_experts_have_adapters_of_their_own(stacked):
+  # [..., E, K, N]: an axis that is no stack of layers shares a rank and a scaling.
+  experts, leading = 2, (L,) if stacked else ()
+  w = jax.random.normal(jax.random.key(0), (*leading, experts, D, F))
+  frozen = {"layers" if stacked else "block": {"experts": {"up": {"kernel": quantize(w)}}}}
+  pattern = {"layers/1/*": 2} if stacked else {}
+  cfg = LoRAConfig(rank=4, alpha=8.0, targets=("*/up",), rank_pattern=pattern)
+  params, constants = lora.init(jax.random.key(0), frozen, cfg)
+  (adapter,), (constant,) = (
+    [tree["experts"]["up"] for tree in trees.values()] for trees in (params, constants)
+  )
+  a = np.asarray(adapter["lora_a"])
+  assert a.shape == (*leading, experts, D, 4)
+  assert adapter["lora_b"].shape == (*leading, experts, 4, F)
+  assert (a[..., 0, :, :2] != a[..., 1, :, :2]).all()
+  ranks = [4, 2, 4] if stacked else 4
+  np.testing.assert_array_equal(constant["rank"], ranks)
+  assert constant["scaling"].shape == leading
+  assert lora.count(params, constants) == experts * (D + F) * np.sum(ranks)
+  if stacked:
+    assert a[1, :, :, :2].all() and not a[1, :, :, 2:].any()
+  params = filled(params)
+  merged = jax.tree.leaves(lora.merge(frozen, params, constants))[0]
+  (adapter,) = (tree["experts"]["up"] for tree in params.values())
+  scaling = np.asarray(constant["scaling"])[..., None]  # the axis of experts
+  expected = numpy_merged(dequantize(quantize(w)), adapter, scaling)
+  np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-4)
+
+
 # Errors
 
 

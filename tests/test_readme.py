@@ -17,7 +17,7 @@ from qlora_jax.models.transformer import Transformer, TransformerConfig
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-SHORT = ["--config.train.steps=2", "--config.train.eval_batch_size=4"]
+SHORT = ["--config.train.steps=2", "--config.optimizer.warmup_steps=1"]
 
 
 def test_no_block_escapes():

@@ -53,6 +53,11 @@ def test_per_layer():
     "model/layers/0/q/kernel",
     "model/layers/1/q/kernel",
   ]
+  # The stack is the key that no number follows.
+  assert tree_paths.per_layer("layers/0/layers/q", 2) == [
+    "layers/0/layers/0/q",
+    "layers/0/layers/1/q",
+  ]
 
 
 @pytest.mark.parametrize(

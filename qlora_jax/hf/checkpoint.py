@@ -78,11 +78,14 @@ def load(
   config = _read_config(directory, raw)
   if dtype is None:
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if dtype not in _DTYPES:
-      raise ValueError(
-        f"{directory}: config.json: dtype: {dtype!r} is not supported; {', '.join(_DTYPES)} are"
-      )
-  model = Transformer(config, jnp.dtype(dtype), remat, implementation)
+    # Some files spell it as torch prints it.
+    dtype = str(dtype).removeprefix("torch.")
+    compute = _float_dtype(f"{directory}: config.json: dtype", dtype)
+  else:
+    compute = _float_dtype("dtype", dtype)
+  if storage_dtype is not None:
+    storage_dtype = _float_dtype("storage_dtype", storage_dtype)
+  model = Transformer(config, compute, remat, implementation)
 
   shapes = _shapes(model)
   rules = default_rules(quantization)
@@ -97,8 +100,11 @@ def load(
         for leaf, like in flat.items()
         for layer in (range(like.shape[0]) if tree_paths.is_stacked(leaf) else (None,))
       },
-      ignored={"lm_head.weight"} if config.tie_embeddings else set(),
+      ignored={names["head/kernel"]} if config.tie_embeddings else set(),
     )
+    if config.tie_embeddings:
+      table = "embed/embedding"
+      tensors.check_tied(names["head/kernel"], names[table], flat[table].shape)
     frozen = {
       leaf: _read_leaf(tensors, leaf, names[leaf], like.shape, chosen[leaf], storage_dtype)
       for leaf, like in flat.items()
@@ -125,6 +131,16 @@ def read_config(path: str | os.PathLike[str]) -> TransformerConfig:
   """
   directory = _directory(path)
   return _read_config(directory, read_json(directory / "config.json"))
+
+
+def _float_dtype(name: str, value: DTypeLike) -> np.dtype:
+  try:
+    dtype = jnp.dtype(value)
+  except TypeError:
+    dtype = None
+  if dtype is None or dtype.name not in _DTYPES:
+    raise ValueError(f"{name}: {value!r} is not supported; {', '.join(_DTYPES)} are")
+  return dtype
 
 
 def _read_config(directory: Path, raw: Mapping[str, Any]) -> TransformerConfig:
@@ -187,7 +203,9 @@ class _Tensors:
     else:
       pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
       reason = (
-        f"only {pickled[0].name}, which is pickled and could run code; convert it to safetensors"
+        f"only {pickled[0].name}, which is pickled and could run code; convert it to safetensors: "
+        'python -c "from transformers import AutoModelForCausalLM as M; '
+        f"M.from_pretrained('{directory}').save_pretrained('NEW_DIRECTORY')\""
         if pickled
         else f"{_SINGLE} and {_INDEX} were looked for"
       )
@@ -231,6 +249,15 @@ class _Tensors:
       raise ValueError(f"{self.where(name)}: cannot be read ({error})") from None
     return value
 
+  def dtype(self, name: str) -> np.dtype:
+    """Of the tensor `name`, from the header."""
+    stored = name.removeprefix(self._prefix)
+    try:
+      # An empty slice: the header's own names of dtypes are not numpy's.
+      return self._handle(self._files[stored]).get_slice(stored)[:0].dtype
+    except safetensors.SafetensorError as error:
+      raise ValueError(f"{self.where(name)}: cannot be read ({error})") from None
+
   def check_names(self, wanted: set[str], ignored: set[str]) -> None:
     """Compares the names that are there with those the config asks for, before any is read."""
     for name in sorted(wanted):
@@ -242,6 +269,15 @@ class _Tensors:
         raise ValueError(
           f"{self._files[stored]}: {stored}: unexpected tensor; the config has no place for it"
         )
+
+  def check_tied(self, head: str, table: str, shape: tuple[int, ...]) -> None:
+    """Refuses a head that the config ties to `table` and that is there with other weights."""
+    # Bytes, so that a NaN equals itself here and is named where the table is read.
+    if head in self._files and self.get(head, shape).tobytes() != self.get(table, shape).tobytes():
+      raise ValueError(
+        f"{self.where(head)}: differs from {table}, to which tie_word_embeddings ties it; set that "
+        "to false in config.json, or leave the tensor out"
+      )
 
 
 def _read_leaf(
@@ -265,6 +301,11 @@ def _read_leaf(
   if not tree_paths.is_stacked(leaf):
     return read(name, shape)
   layers, *shape_of_one = shape
+  if (
+    storage_dtype is None and len({tensors.dtype(name.format(layer=i)) for i in range(layers)}) > 1
+  ):
+    # Layers of unlike dtypes share the one that holds them all.
+    storage_dtype = jnp.float32
   stack = None
   for layer in range(layers):
     one = read(name.format(layer=layer), tuple(shape_of_one))

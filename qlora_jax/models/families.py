@@ -18,12 +18,14 @@ class Family:
 
   Attributes:
     model_type: as config.json says it.
+    architecture: transformers' class, for the config.json that we write.
     config: its fields → the architecture; refuses what it does not support, by name.
     names: our leaf's path → the tensor's name in the file, with `{layer}` in a stack. A kernel
       is stored transposed there, [out, in].
   """
 
   model_type: str
+  architecture: str
   config: Callable[[Mapping[str, Any]], TransformerConfig]
   names: Mapping[str, str]
 
@@ -35,6 +37,28 @@ def _field(raw: Mapping[str, Any], name: str, kind: str | None = None) -> Any:
   return raw[name]
 
 
+def _typed(raw: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
+  """A field of this type; the default where it is absent or null, and required where that is None.
+
+  "false" is true in Python: what has another type is refused, not converted.
+  """
+  value = raw.get(name)
+  if value is None:
+    return _field(raw, name) if default is None else default
+  accepted = (int, float) if kind is float else kind
+  if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    raise ValueError(f"config.json: {name}: {value!r}; a value of type {kind.__name__} is wanted")
+  return kind(value)
+
+
+def _integer(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
+  return _typed(raw, name, int, default)
+
+
+def _flag(raw: Mapping[str, Any], name: str) -> bool:
+  return _typed(raw, name, bool, False)
+
+
 def _only(raw: Mapping[str, Any], name: str, *supported: Any) -> None:
   if name in raw and raw[name] not in supported:
     choices = ", ".join(map(repr, supported))
@@ -44,6 +68,11 @@ def _only(raw: Mapping[str, Any], name: str, *supported: Any) -> None:
 def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   """(theta, scaling), from transformers 5's `rope_parameters` or 4's two fields."""
   rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+  if any(isinstance(value, Mapping) for value in rope.values()):
+    raise ValueError(
+      f"config.json: rope_parameters: one for each of {', '.join(rope)} is not supported; one for "
+      "all layers is"
+    )
   theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
   kind = rope.get("rope_type", rope.get("type", "default"))
   for fields in (raw, rope):
@@ -62,23 +91,27 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 def _llama(raw: Mapping[str, Any]) -> TransformerConfig:
   _only(raw, "hidden_act", "silu", "swish")
-  hidden_size, num_heads = _field(raw, "hidden_size"), _field(raw, "num_attention_heads")
+  _only(raw, "attention_dropout", 0.0, None)
+  _only(raw, "is_causal", True, None)
+  hidden_size = _integer(raw, "hidden_size")
+  num_heads = _integer(raw, "num_attention_heads")
   theta, scaling = _rope(raw)
   return TransformerConfig(
-    vocab_size=_field(raw, "vocab_size"),
+    vocab_size=_integer(raw, "vocab_size"),
     hidden_size=hidden_size,
-    intermediate_size=_field(raw, "intermediate_size"),
-    num_layers=_field(raw, "num_hidden_layers"),
+    intermediate_size=_integer(raw, "intermediate_size"),
+    num_layers=_integer(raw, "num_hidden_layers"),
     num_heads=num_heads,
-    num_kv_heads=raw.get("num_key_value_heads") or num_heads,
-    head_dim=raw.get("head_dim") or hidden_size // num_heads,
-    norm_eps=raw.get("rms_norm_eps", 1e-6),
+    num_kv_heads=_integer(raw, "num_key_value_heads", num_heads),
+    # max: the zero is refused below, by its name.
+    head_dim=_integer(raw, "head_dim", hidden_size // max(num_heads, 1)),
+    norm_eps=_typed(raw, "rms_norm_eps", float, 1e-6),
     rope_theta=theta,
     rope_scaling=scaling,
-    tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-    max_position_embeddings=raw.get("max_position_embeddings", 2048),
-    attention_bias=bool(raw.get("attention_bias", False)),
-    mlp_bias=bool(raw.get("mlp_bias", False)),
+    tie_embeddings=_flag(raw, "tie_word_embeddings"),
+    max_position_embeddings=_integer(raw, "max_position_embeddings", 2048),
+    attention_bias=_flag(raw, "attention_bias"),
+    mlp_bias=_flag(raw, "mlp_bias"),
   )
 
 
@@ -99,7 +132,10 @@ _LLAMA_NAMES = {
   },
 }
 
-FAMILIES = {family.model_type: family for family in (Family("llama", _llama, _LLAMA_NAMES),)}
+FAMILIES = {
+  family.model_type: family
+  for family in (Family("llama", "LlamaForCausalLM", _llama, _LLAMA_NAMES),)
+}
 
 
 def family(model_type: str) -> Family:
@@ -129,16 +165,15 @@ def read_config(raw: Mapping[str, Any]) -> TransformerConfig:
 
 def hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
   """config.json of a model saved in `dtype`, in transformers 5's terms."""
-  family(config.model_type)
   rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
   if config.rope_scaling is not None:
     rope |= {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
-  # What transformers 4 reads in place of rope_parameters; 5 takes either.
-  version_4: dict[str, Any] = {"rope_theta": config.rope_theta}
+  # What transformers 4 reads in place of rope_parameters and dtype; 5 takes either.
+  version_4: dict[str, Any] = {"rope_theta": config.rope_theta, "torch_dtype": dtype}
   if config.rope_scaling is not None:
     version_4["rope_scaling"] = rope
   return {
-    "architectures": ["LlamaForCausalLM"],
+    "architectures": [family(config.model_type).architecture],
     "model_type": config.model_type,
     "vocab_size": config.vocab_size,
     "hidden_size": config.hidden_size,
@@ -156,4 +191,7 @@ def hf_config(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     "attention_bias": config.attention_bias,
     "mlp_bias": config.mlp_bias,
     "dtype": dtype,
+    # Not known here, and not left out: transformers would take 1 and 2, the ids of Llama 2.
+    "bos_token_id": None,
+    "eos_token_id": None,
   }

@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
       return 0
     summary = trial.run(config, workdir)
   except Interrupted as stopped:
-    print(f"\nstopped by {stopped}, and saved. To go on: {_command(argv)}", file=sys.stderr)
+    saved = "and saved" if stopped.saved else "of the base's training, which starts again"
+    print(f"\nstopped by {stopped}, {saved}. To go on: {_command(argv)}", file=sys.stderr)
     return 128 + stopped.signal_number
   except NonFiniteLossError as error:
     print(f"{error}. The last good checkpoint is in {workdir}", file=sys.stderr)

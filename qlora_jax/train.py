@@ -37,12 +37,13 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Interrupted(Exception):
-  """SIGINT or SIGTERM came; the state was saved. `signal_number` says which."""
+  """SIGINT or SIGTERM came, after `step`; `saved` says whether a checkpoint holds that step."""
 
-  def __init__(self, signal_number: int, step: int):
+  def __init__(self, signal_number: int, step: int, *, saved: bool):
     super().__init__(f"{signal.Signals(signal_number).name} at step {step}")
     self.signal_number = signal_number
     self.step = step
+    self.saved = saved
 
 
 @jax.tree_util.register_dataclass
@@ -270,7 +271,7 @@ def fit(
   Raises:
     NonFiniteLossError: a loss, held-out or trained on, or a gradient was NaN or infinite; the
       last good checkpoint stays.
-    Interrupted: a signal came, and the state was saved.
+    Interrupted: a signal came; the state was saved, if there are `checkpoints`.
   """
   start = int(state.step)
   pending: tuple[int, Metrics] | None = None
@@ -314,12 +315,12 @@ def fit(
       if received is not None:
         if checkpoints is not None:
           checkpoints.wait()
-        raise Interrupted(received, step)
+        raise Interrupted(received, step, saved=checkpoints is not None)
   if checkpoints is not None:
     checkpoints.wait()
   if guard.received is not None:
     # It came while the last checkpoint was written: what would follow this training does not.
-    raise Interrupted(guard.received, cfg.steps)
+    raise Interrupted(guard.received, cfg.steps, saved=checkpoints is not None)
   return state
 
 

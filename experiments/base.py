@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+import qlora_jax
 from qlora_jax import data, optimizers, synthetic
 from qlora_jax.config import OptimizerConfig, PretrainConfig, TrainConfig
 from qlora_jax.hf import checkpoint
@@ -41,9 +43,11 @@ def architecture(cfg: PretrainConfig) -> TransformerConfig:
 def trained_base(cfg: PretrainConfig) -> Path:
   """The Hugging Face directory of the base that `cfg` describes, trained now if it is not cached.
 
-  A killed training leaves nothing behind and starts again.
+  A killed training starts again.
   """
-  recipe = json.dumps(dataclasses.asdict(cfg), sort_keys=True)
+  # The text's source and the version are part of the recipe: a change of either trains anew.
+  sources = [inspect.getsource(synthetic), qlora_jax.__version__]
+  recipe = json.dumps([dataclasses.asdict(cfg), *sources], sort_keys=True)
   path = cache_directory() / f"base-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
   if path.exists():
     print(f"base model: {path} (trained by an earlier run)")
@@ -77,5 +81,9 @@ def trained_base(cfg: PretrainConfig) -> Path:
       guard=guard,
       description="base",
     )
-  checkpoint.save(path, model, state.params, dtype=jnp.float32)
+  try:
+    checkpoint.save(path, model, state.params, dtype=jnp.float32)
+  except FileExistsError:
+    # Another process was faster, with the same recipe.
+    print(f"base model: {path} was made by another process meanwhile, and is used")
   return path

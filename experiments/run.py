@@ -8,6 +8,7 @@ given again.
 """
 
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,31 @@ def main(argv: Sequence[str]) -> int:
     128 + the signal's number where one stopped it.
   """
   arguments = command_line.parse(argv)
+  previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    return _run(arguments, argv)
+  except _Stopped as stopped:
+    # Outside of a training loop, which saves first: while something is loaded or compiled.
+    name = signal.Signals(stopped.number).name
+    print(f"\nstopped by {name}; what was saved stays. To go on: {_command(argv)}", file=sys.stderr)
+    return 128 + stopped.number
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+class _Stopped(KeyboardInterrupt):
+  def __init__(self, number: int):
+    super().__init__(number)
+    self.number = number
+
+
+def _stop(number, frame):
+  del frame
+  raise _Stopped(number)
+
+
+def _run(arguments: command_line.Arguments, argv: Sequence[str]) -> int:
   config = arguments.config
   import jax
 
@@ -44,7 +70,10 @@ def main(argv: Sequence[str]) -> int:
     print(f"\nstopped by {stopped}, {saved}. To go on: {_command(argv)}", file=sys.stderr)
     return 128 + stopped.signal_number
   except NonFiniteLossError as error:
-    print(f"{error}. The last good checkpoint is in {workdir}", file=sys.stderr)
+    print(
+      f"{error}. What was saved before stays in {workdir}; another config wants another --workdir",
+      file=sys.stderr,
+    )
     return 1
   except (trial.RunDirectoryError, BaseChangedError, ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
@@ -59,7 +88,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _command(argv: Sequence[str]) -> str:
-  return shlex.join(["python", "-m", "experiments.run", *argv])
+  """A command that can be pasted here: with this interpreter, by a short name where it has one."""
+  python = Path(sys.executable)
+  if python.is_relative_to(Path.cwd()):
+    python = python.relative_to(Path.cwd())
+  return shlex.join([str(python), "-m", "experiments.run", *argv])
 
 
 def _without(argv: Sequence[str], *flags: str) -> Iterator[str]:

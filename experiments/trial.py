@@ -28,7 +28,8 @@ from qlora_jax.checkpoints import Checkpoints, fingerprint
 from qlora_jax.config import ExperimentConfig
 from qlora_jax.evaluate import held_out_loss
 from qlora_jax.hf import checkpoint as hf_checkpoint
-from qlora_jax.metrics import MetricsWriter
+from qlora_jax.hf.files import read_json
+from qlora_jax.metrics import METRICS_FILE, MetricsWriter
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.train import SignalGuard, TrainState, fit, init_state, make_train_step
@@ -75,8 +76,12 @@ def prepare_directory(workdir: Path, config: ExperimentConfig) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if path.exists():
-      before = config_lib.from_json_dict(json.loads(path.read_text()))
-      if differences := config_lib.differences(before, config):
+      before = config_lib.from_json_dict(read_json(path))
+      differences = config_lib.differences(before, config)
+      # One that failed before its first step (a path mistyped, say) has nothing to protect.
+      if differences and not (workdir / METRICS_FILE).exists():
+        _write_json(path, config_lib.to_json_dict(config))
+      elif differences:
         raise RunDirectoryError(
           f"{workdir}: holds a run with another config ({'; '.join(differences)}); "
           "give another --workdir, or the same config"
@@ -171,7 +176,7 @@ class Stage:
   adapter_bytes: int
   optimizer_bytes: int
   trained_parameters: int
-  seconds: float
+  seconds_this_process: float
 
 
 def run_stage(
@@ -254,7 +259,7 @@ def run_stage(
     adapter_bytes=memory.tree_bytes(state.params),
     optimizer_bytes=memory.tree_bytes(state.opt_state),
     trained_parameters=lora.count(state.params, state.constants),
-    seconds=time.monotonic() - started,
+    seconds_this_process=time.monotonic() - started,
   )
 
 
@@ -282,7 +287,7 @@ def run(config: ExperimentConfig, workdir: Path) -> dict[str, Any]:
   path = workdir / "summary.json"
   if path.exists():
     print(f"{workdir}: this run is finished; its table again")
-    return json.loads(path.read_text())
+    return read_json(path)
   base = Path(config.model.path) if config.model.path else trained_base(config.pretrain)
   rows = load_rows(config, base, hf_checkpoint.read_config(base).vocab_size)
 
@@ -356,8 +361,9 @@ def closing_table(config: ExperimentConfig, summary: dict[str, Any], workdir: Pa
     "",
     "Held-out loss is in nats a token: lower is better. Bits a weight count codes, scales and",
     "tables of the quantized layers; base counts the whole model, its embeddings too.",
-    f"Written to {workdir}: config.json, metrics.jsonl, tensorboard/, checkpoints/, adapter/, "
-    "summary.json",
+    f"Written to {workdir}: config.json, summary.json, metrics.jsonl, tensorboard/, checkpoints/, "
+    f"adapter/{', lora_16bit/' if full else ''}",
+    f"The base is in {summary['base']}",
   ]
   return "\n".join(text)
 

@@ -8,6 +8,7 @@ was killed goes on to the same numbers.
 
 import dataclasses
 import math
+import os
 import signal
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -230,6 +231,8 @@ class SignalGuard:
     del frame
     self.received = number
     self.__exit__()
+    # Not print: a handler may run in the middle of another print.
+    os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
   def __enter__(self):
     for number in (signal.SIGINT, signal.SIGTERM):

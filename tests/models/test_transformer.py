@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,13 +88,13 @@ def merged(config=CONFIG):
   return lora.merge(variables["frozen"], variables["params"], variables["constants"])
 
 
-@functools.cache
-def compiled(model):
-  return jax.jit(model.apply, static_argnames=("method",))
-
-
-def model_of(config=CONFIG, **kwargs):
+def model_of(config=CONFIG, **kwargs) -> Any:
   return Transformer(config, **{"dtype": jnp.float32, **kwargs})
+
+
+@functools.cache
+def compiled(config=CONFIG, dtype: Any = jnp.float32) -> Any:
+  return jax.jit(model_of(config, dtype=dtype).apply, static_argnames=("method",))
 
 
 def tokens_of(*shape, seed=0):
@@ -162,7 +163,7 @@ def numpy_decoder(config, dense, tokens, positions=None):
 def test_logits_are_those_of_a_decoder_in_numpy(name):
   config = VARIANTS[name]
   variables, tokens = variables_of(config), tokens_of(2, 40)
-  logits = compiled(model_of(config))(variables, tokens)
+  logits = compiled(config)(variables, tokens)
   assert logits.shape == (2, 40, 50) and logits.dtype == jnp.float32
   expected = np.stack([numpy_decoder(config, merged(config), row) for row in tokens])
   np.testing.assert_allclose(logits, expected, rtol=0, atol=ATOL)
@@ -174,7 +175,7 @@ def test_logits_are_those_of_a_decoder_in_numpy(name):
 def test_explicit_positions():
   variables, tokens = variables_of(), tokens_of(1, 12)
   positions = jnp.asarray([[3, 4, 5, 9, 10, 20, 21, 22, 23, 24, 25, 40]])
-  logits = compiled(model_of())(variables, tokens, positions=positions)
+  logits = compiled()(variables, tokens, positions=positions)
   expected = numpy_decoder(CONFIG, merged(), tokens[0], positions[0])
   np.testing.assert_allclose(logits[0], expected, rtol=0, atol=ATOL)
 
@@ -222,7 +223,7 @@ def test_init_makes_a_frozen_base_and_nothing_to_train():
 def test_a_fresh_adapter_changes_not_a_bit():
   frozen, tokens = packed_base(), tokens_of(2, 9)
   params, constants = lora.init(jax.random.key(0), frozen, lora.LoRAConfig())
-  apply = compiled(model_of(dtype=jnp.bfloat16))
+  apply = compiled(dtype=jnp.bfloat16)
   base = apply({"params": {}, "constants": {}, "frozen": frozen}, tokens)
   adapted = apply({"params": params, "constants": constants, "frozen": frozen}, tokens)
   np.testing.assert_array_equal(base, adapted)
@@ -231,7 +232,7 @@ def test_a_fresh_adapter_changes_not_a_bit():
 def test_a_full_leaf_in_params_takes_the_weights_place():
   dense, tokens = dense_base(CONFIG), tokens_of(1, 9)
   other = jax.tree.map(lambda w: 1.1 * w + 0.05, dense)
-  apply = compiled(model_of())
+  apply = compiled()
   everything = apply({"params": other, "frozen": dense}, tokens)
   np.testing.assert_array_equal(everything, apply({"frozen": other}, tokens))
   for part in ({"final_norm": other["final_norm"]}, {"head": other["head"]}):
@@ -243,7 +244,7 @@ def test_a_full_leaf_in_params_takes_the_weights_place():
 
 def test_hidden_then_logits_is_the_model():
   variables, tokens = variables_of(), tokens_of(2, 9)
-  apply = compiled(model_of())
+  apply = compiled()
   hidden = apply(variables, tokens, method="hidden")
   assert hidden.shape == (2, 9, 36)
   np.testing.assert_array_equal(apply(variables, hidden, method="logits"), apply(variables, tokens))
@@ -279,14 +280,14 @@ def test_restarting_positions():
 
 def test_packed_documents_are_separate_documents():
   variables, tokens = variables_of(), tokens_of(2, 12)
-  packed = compiled(model_of())(variables, tokens, segment_ids=jnp.asarray(SEGMENTS))
+  packed = compiled()(variables, tokens, segment_ids=jnp.asarray(SEGMENTS))
   for row, segments in enumerate(SEGMENTS):
     segments = np.asarray(segments)
     for segment in set(segments.tolist()) - {0}:
       where = segments == segment
       alone = numpy_decoder(CONFIG, merged(), tokens[row][where])
       np.testing.assert_allclose(packed[row][where], alone, rtol=0, atol=ATOL)
-  whole = compiled(model_of())(variables, tokens)
+  whole = compiled()(variables, tokens)
   np.testing.assert_allclose(packed[0, :5], whole[0, :5], rtol=0, atol=ATOL)
   assert float(jnp.abs(packed[0, 5:] - whole[0, 5:]).max()) > 0.1
 
@@ -298,7 +299,7 @@ def test_padding_is_exact_on_either_side(side):
   segments = jnp.pad(jnp.ones_like(document), width)
   alone = numpy_decoder(CONFIG, merged(), document[0])
   results = [
-    compiled(model_of())(
+    compiled()(
       variables_of(), jnp.pad(document, width, constant_values=filler), segment_ids=segments
     )
     for filler in (0, 17)
@@ -315,7 +316,7 @@ def test_padding_is_exact_on_either_side(side):
 
 def cached(variables, tokens, segment_ids, chunks, length, dtype=jnp.float32):
   """Logits `[B, T, V]` of the tokens, fed in chunks of the sizes given."""
-  apply = compiled(model_of())
+  apply = compiled()
   cache = init_cache(CONFIG, tokens.shape[0], length, dtype)
   logits, start = [], 0
   for size in chunks:
@@ -334,7 +335,7 @@ CHUNKS = {"token by token": [1] * 12, "one prefill": [12], "chunked prefill": [5
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 def test_cache_equals_the_full_forward(chunks):
   variables, tokens = variables_of(), tokens_of(2, 12)
-  full = compiled(model_of())(variables, tokens)
+  full = compiled()(variables, tokens)
   logits, cache = cached(variables, tokens, None, chunks, length=15)
   np.testing.assert_allclose(logits, full, rtol=0, atol=ATOL)
   assert cache["k"].shape == cache["v"].shape == (3, 2, 15, 2, 8)
@@ -357,7 +358,7 @@ def test_cache_with_padding_on_either_side_of_the_prompt(chunks):
 def test_cache_with_several_segments():
   variables, tokens = variables_of(), tokens_of(2, 12)
   segments = jnp.asarray(SEGMENTS)
-  full = compiled(model_of())(variables, tokens, segment_ids=segments)
+  full = compiled()(variables, tokens, segment_ids=segments)
   logits, _ = cached(variables, tokens, segments, [4, 4, 4], length=12)
   where = np.asarray(segments != 0)
   np.testing.assert_allclose(logits[where], full[where], rtol=0, atol=ATOL)
@@ -365,7 +366,7 @@ def test_cache_with_several_segments():
 
 def test_a_bfloat16_cache_is_close():
   variables, tokens = variables_of(), tokens_of(2, 12)
-  full = compiled(model_of())(variables, tokens)
+  full = compiled()(variables, tokens)
   logits, cache = cached(variables, tokens, None, [6, 6], length=12, dtype=jnp.bfloat16)
   assert cache["k"].dtype == cache["v"].dtype == jnp.bfloat16
   error = float(jnp.abs(logits - full).max())
@@ -378,8 +379,8 @@ def test_a_bfloat16_cache_is_close():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_close_and_its_logits_are_float32(dtype):
   variables, tokens = variables_of(), tokens_of(2, 12)
-  expected = compiled(model_of())(variables, tokens)
-  logits = compiled(model_of(dtype=dtype))(variables, tokens)
+  expected = compiled()(variables, tokens)
+  logits = compiled(dtype=dtype)(variables, tokens)
   assert logits.dtype == jnp.float32
   error = np.asarray(jnp.abs(logits - expected))
   spread = float(jnp.std(expected))
@@ -412,7 +413,7 @@ def test_remat_changes_neither_values_nor_gradients_and_keeps_less():
 
 def test_dropout_only_with_a_key():
   variables, tokens = variables_of(dropout=0.5), tokens_of(2, 12)
-  apply = compiled(model_of())
+  apply = compiled()
   plain = apply(variables, tokens)
   np.testing.assert_array_equal(plain, apply(variables_of(), tokens))
 
@@ -434,7 +435,8 @@ def test_each_layer_has_a_dropout_key_of_its_own():
   jaxpr = jax.make_jaxpr(apply)(variables_of(dropout=0.5))
   (scan,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
   # A slice a layer; one key for all would be a constant of shape [] here.
-  keys = [v.aval for v in scan.invars if jnp.issubdtype(v.aval.dtype, jax.dtypes.prng_key)]
+  avals: list[Any] = [v.aval for v in scan.invars]
+  keys = [aval for aval in avals if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)]
   assert [key.shape for key in keys] == [(3,)]
 
 
@@ -477,7 +479,7 @@ def test_trials_share_the_base_under_vmap():
   together = jax.jit(jax.vmap(apply))(stacked)
   for i in range(3):
     params = jax.tree.map(lambda p, i=i: p[i], stacked)
-    alone = compiled(model_of())({**variables, "params": params}, tokens)
+    alone = compiled()({**variables, "params": params}, tokens)
     np.testing.assert_allclose(together[i], alone, rtol=0, atol=2 * ATOL)
 
 

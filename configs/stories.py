@@ -24,13 +24,13 @@ def get_config():
   config.data.path = "../shared/data/corpora/tinyshakespeare.txt"
   config.data.seq_len = 512
 
-  config.optimizer.learning_rate = 1e-2
+  config.optimizer.learning_rate = 7e-3
   config.optimizer.warmup_steps = 20
 
-  config.train.steps = 400
-  config.train.batch_size = 4
-  config.train.log_every = 50
-  config.train.eval_every = 200
+  config.train.steps = 800
+  config.train.batch_size = 2
+  config.train.log_every = 100
+  config.train.eval_every = 400
   config.train.eval_batch_size = 17
-  config.train.checkpoint_every = 100
+  config.train.checkpoint_every = 200
   return config

@@ -39,6 +39,8 @@ EVERYTHING_CHANGED = {
     "learning_rate": 0.5,
     "domain": "manuals",
     "num_documents": 9,
+    "minor_domain": "tales",
+    "minor_documents": 4,
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 100,

@@ -28,7 +28,8 @@ CONFIG = TransformerConfig(
   num_kv_heads=2,
   head_dim=8,
 )
-ROPE = RopeScaling(8.0, 1.0, 4.0, 32)
+# Of the four frequencies one stays, one lies on the ramp, two are divided.
+ROPE = RopeScaling(8.0, 1.0, 4.0, 100)
 VARIANTS = {
   "plain": CONFIG,
   "tied": dataclasses.replace(CONFIG, tie_embeddings=True),

@@ -56,7 +56,6 @@ def _run(arguments: command_line.Arguments, argv: Sequence[str]) -> int:
     # A dry run must not take the accelerator from whoever is using it.
     jax.config.update("jax_platforms", "cpu")
   from experiments import trial
-  from qlora_jax.checkpoints import BaseChangedError
   from qlora_jax.train import Interrupted, NonFiniteLossError
 
   workdir = Path(arguments.workdir or f"runs/{config.name}")
@@ -75,7 +74,7 @@ def _run(arguments: command_line.Arguments, argv: Sequence[str]) -> int:
       file=sys.stderr,
     )
     return 1
-  except (trial.RunDirectoryError, BaseChangedError, ValueError, OSError) as error:
+  except (trial.RunDirectoryError, ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   print(trial.closing_table(config, summary, workdir))

@@ -12,7 +12,6 @@ A run directory holds
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ from qlora_jax.config import ExperimentConfig
 from qlora_jax.evaluate import held_out_loss
 from qlora_jax.hf import checkpoint as hf_checkpoint
 from qlora_jax.hf.files import read_json
-from qlora_jax.metrics import METRICS_FILE, MetricsWriter
+from qlora_jax.metrics import METRICS_FILE, MetricsWriter, write_whole
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.train import SignalGuard, TrainState, fit, init_state, make_train_step
@@ -97,9 +96,7 @@ def prepare_directory(workdir: Path, config: ExperimentConfig) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
-  os.replace(temporary, path)
+  write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
 def check_disk(workdir: Path, needed: int) -> None:
@@ -255,7 +252,7 @@ def run_stage(
     loss_before=loss_before,
     loss_after=evaluate(state),
     base_bytes=memory.tree_bytes(frozen),
-    bits=8.0 * np.dtype(config.model.storage_dtype).itemsize if bits is None else bits,
+    bits=float(_bits(config)) if bits is None else bits,
     adapter_bytes=memory.tree_bytes(state.params),
     optimizer_bytes=memory.tree_bytes(state.opt_state),
     trained_parameters=lora.count(state.params, state.constants),

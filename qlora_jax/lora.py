@@ -131,13 +131,12 @@ def init(key: jax.Array, frozen: Any, cfg: LoRAConfig) -> tuple[dict, dict]:
 
 def _plan(frozen: Any, cfg: LoRAConfig) -> dict[str, tuple[Any, list[int], list[float]]]:
   """By path of the layer: the weight, and each layer's rank (0 where untargeted) and scaling."""
-  weights = {}
-  for path, leaf in tree_paths.leaves(frozen, is_leaf=is_quantized).items():
-    if path.rsplit("/", 1)[-1] in _LOOKUPS:
-      continue
-    if leaf.ndim - tree_paths.is_stacked(path) >= 2:
-      stacked = tree_paths.is_stacked(path)
-      weights[path] = tree_paths.per_layer(path, leaf.shape[0]) if stacked else [path]
+  flat = tree_paths.leaves(frozen, is_leaf=is_quantized)
+  weights = {
+    path: tree_paths.layers(path, leaf)
+    for path, leaf in flat.items()
+    if tree_paths.is_matrix(path, leaf) and path.rsplit("/", 1)[-1] not in _LOOKUPS
+  }
   layers = [layer for virtual in weights.values() for layer in virtual]
   targeted = {layer for layer in layers if any(_hits(cfg.targets, layer))}
   for pattern in cfg.targets:
@@ -149,7 +148,6 @@ def _plan(frozen: Any, cfg: LoRAConfig) -> dict[str, tuple[Any, list[int], list[
         raise ValueError(f"lora.{field}: {tree_paths.no_match(pattern, targeted)}")
 
   plan = {}
-  flat = tree_paths.leaves(frozen, is_leaf=is_quantized)
   for path, virtual in weights.items():
     if not targeted.intersection(virtual):
       continue

@@ -59,7 +59,7 @@ class MetricsWriter:
     path = directory / METRICS_FILE
     last_step = -1 if resume_step is None else resume_step
     kept = [line for line in _read_lines(path) if line["step"] <= last_step]
-    _replace(path, "".join(_dump(line) for line in kept))
+    write_whole(path, "".join(_dump(line) for line in kept))
     self._file: io.TextIOWrapper | None = open(path, "a", encoding="utf-8")
     # A thread of tensorboardX writes the events; its two minutes between flushes are too long for a
     # run that may be killed. (A flush of our own would miss what that thread has yet to write.)
@@ -158,8 +158,12 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
   return lines
 
 
-def _replace(path: Path, text: str) -> None:
-  """Writes a whole file so that a reader, or a crash, sees the old one or the new one."""
+def write_whole(path: Path, text: str) -> None:
+  """Writes a whole file so that a reader, or a crash, sees the old one or the new one.
+
+  Raises:
+    OSError: the directory cannot be written, or the disk is full; the old file stays.
+  """
   temporary = path.with_name(path.name + ".tmp")
   with open(temporary, "w", encoding="utf-8") as file:
     file.write(text)

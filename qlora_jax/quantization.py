@@ -372,7 +372,7 @@ def quantize_tree(params: Any, rules: Mapping[str, Treatment]) -> Any:
   """
   flat = tree_paths.leaves(params, is_leaf=is_quantized)
   chosen = treatments(params, rules)
-  virtual = {path: _virtual(path, leaf) for path, leaf in flat.items()}
+  virtual = {path: tree_paths.layers(path, leaf) for path, leaf in flat.items()}
   for pattern, treatment in rules.items():
     hit = [
       path
@@ -382,7 +382,7 @@ def quantize_tree(params: Any, rules: Mapping[str, Treatment]) -> Any:
     if not hit:
       raise ValueError(f"quantize_tree: {tree_paths.no_match(pattern, flat)}")
     if isinstance(treatment, QuantizationConfig) and not any(
-      _is_matrix(path, flat[path]) for path in hit
+      tree_paths.is_matrix(path, flat[path]) for path in hit
     ):
       raise ValueError(
         f"quantize_tree: pattern {pattern!r} matches no matrix, only {', '.join(hit[:3])}"
@@ -392,7 +392,7 @@ def quantize_tree(params: Any, rules: Mapping[str, Treatment]) -> Any:
     path = tree_paths.path_string(path)
     treatment = chosen[path]
     if treatment is None or (
-      isinstance(treatment, QuantizationConfig) and not _is_matrix(path, leaf)
+      isinstance(treatment, QuantizationConfig) and not tree_paths.is_matrix(path, leaf)
     ):
       return leaf
     if is_quantized(leaf):
@@ -417,20 +417,10 @@ def treatments(params: Any, rules: Mapping[str, Treatment]) -> dict[str, Treatme
   return {path: _treatment(path, leaf, rules) for path, leaf in flat.items()}
 
 
-def _virtual(path: str, leaf: Any) -> list[str]:
-  if tree_paths.is_stacked(path) and leaf.ndim > 0:
-    return tree_paths.per_layer(path, leaf.shape[0])
-  return [path]
-
-
-def _is_matrix(path: str, leaf: Any) -> bool:
-  return leaf.ndim - tree_paths.is_stacked(path) >= 2
-
-
 def _treatment(path: str, leaf: Any, rules: Mapping[str, Treatment]) -> Treatment:
   """The one treatment of all layers of a leaf; None where no rule applies."""
   by_layer = []
-  for layer in _virtual(path, leaf):
+  for layer in tree_paths.layers(path, leaf):
     hits = [pattern for pattern in rules if tree_paths.matches(pattern, layer)]
     for pattern in hits[1:]:
       if rules[pattern] != rules[hits[0]]:

@@ -62,6 +62,18 @@ def per_layer(path: str, num_layers: int) -> list[str]:
   return ["/".join([*head, str(layer), *tail]) for layer in range(num_layers)]
 
 
+def layers(path: str, leaf: Any) -> list[str]:
+  """The virtual paths of a leaf, one a layer; its own path where it is no stack."""
+  if is_stacked(path) and leaf.ndim > 0:
+    return per_layer(path, leaf.shape[0])
+  return [path]
+
+
+def is_matrix(path: str, leaf: Any) -> bool:
+  """Whether a leaf is of `[..., K, N]` weights, the axis of layers not counted; else a vector."""
+  return leaf.ndim - is_stacked(path) >= 2
+
+
 def matches(pattern: str, path: str) -> bool:
   """Whether `pattern` chooses the (virtual) path of a leaf."""
   return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(module(path), pattern)

@@ -6,13 +6,13 @@ the members of `qlora_jax.data.Tokenizer`. It encodes text alone: what a documen
 and ends with is for the caller to add, from `bos_id` and `eos_id`.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 import tokenizers
+
+from qlora_jax.hf.files import read_json
 
 
 class JsonTokenizer:
@@ -55,7 +55,7 @@ class JsonTokenizer:
   def _special_id(self, directory: Path, role: str) -> int | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
       path = directory / name
-      token = _read_json(path).get(role)
+      token = read_json(path).get(role) if path.is_file() else None
       if isinstance(token, dict):  # an AddedToken written out
         token = token.get("content")
       if token is None:
@@ -131,16 +131,3 @@ def load_tokenizer(directory: str | Path) -> JsonTokenizer | SentencePieceTokeni
     f"{directory}: no tokenizer; looked for tokenizer.json, then tokenizer.model, "
     f"and it holds {held}"
   )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file, empty where there is no file."""
-  if not path.is_file():
-    return {}
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path}: not JSON ({error})") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{path}: a JSON {type(value).__name__}; it must be an object")
-  return value

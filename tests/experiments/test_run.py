@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import run, trial
+from experiments import base, run, trial
 from qlora_jax import hf, metrics
+from qlora_jax.config import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -311,6 +312,53 @@ def test_a_model_that_is_not_there_says_what_was_looked_for(config, capsys, tmp_
   assert errors.count("\n") == 1
   if what == "empty":
     assert "config.json" in errors
+
+
+def test_a_mistyped_path_does_not_claim_the_directory(config, capsys, tmp_path):
+  workdir = tmp_path / "run"
+  for name in ("wrong", "other"):
+    arguments = [
+      "--config", str(config), "--workdir", str(workdir), "--config.pretrain.steps=0",
+      f"--config.model.path={tmp_path / name}",
+    ]  # fmt: skip
+    assert run.main(arguments) == 2
+    # Of the second one too: nothing was trained that the first config would have to protect.
+    assert f"{tmp_path / name}: no such directory" in capsys.readouterr().err
+  stored = json.loads((workdir / "config.json").read_text())
+  assert stored["model"]["path"] == str(tmp_path / "other")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_of_the_loop_says_how_to_go_on(
+  config, capsys, tmp_path, monkeypatch, number
+):
+  monkeypatch.setattr(trial, "run", lambda config, workdir: os.kill(os.getpid(), number))
+  before = signal.getsignal(number)
+  workdir = tmp_path / "run"
+  assert run.main(["--config", str(config), "--workdir", str(workdir)]) == 128 + number
+  errors = capsys.readouterr().err
+  assert f"stopped by {number.name}; what was saved stays. To go on: " in errors
+  assert f"-m experiments.run --config {config} --workdir {workdir}" in errors
+  assert signal.getsignal(number) is before
+
+
+def test_a_base_that_another_process_made_meanwhile_is_used(capsys, tmp_path, monkeypatch):
+  monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path))
+  saved = []
+
+  def made_meanwhile(path, *args, **kwargs):
+    path.mkdir()
+    saved.append(path)
+    raise FileExistsError(path)
+
+  monkeypatch.setattr(base, "fit", lambda state, **kwargs: state)
+  monkeypatch.setattr(base.checkpoint, "save", made_meanwhile)
+  cfg = PretrainConfig(steps=1, num_documents=2, hidden_size=8, num_heads=2, num_kv_heads=1)
+  assert [base.trained_base(cfg)] == saved
+  assert "made by another process" in capsys.readouterr().out
+  # And once it is there it is not trained again.
+  monkeypatch.setattr(base, "fit", None)
+  assert [base.trained_base(cfg)] == saved
 
 
 def test_a_directory_that_cannot_be_written_is_reported_first(config, capsys, tmp_path):

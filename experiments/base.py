@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 
 import qlora_jax
-from qlora_jax import data, optimizers, synthetic
+from qlora_jax import data, hf, optimizers, synthetic
 from qlora_jax.config import OptimizerConfig, PretrainConfig, TrainConfig
-from qlora_jax.hf import checkpoint
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 from qlora_jax.train import SignalGuard, fit, init_state, make_train_step
 
@@ -82,7 +81,7 @@ def trained_base(cfg: PretrainConfig) -> Path:
       description="base",
     )
   try:
-    checkpoint.save(path, model, state.params, dtype=jnp.float32)
+    hf.save(path, model, state.params, dtype=jnp.float32)
   except FileExistsError:
     # Another process was faster, with the same recipe.
     print(f"base model: {path} was made by another process meanwhile, and is used")

@@ -23,9 +23,10 @@ import numpy as np
 from experiments.base import architecture, trained_base
 from qlora_jax import codebooks, data, environment, hf, lora, memory, optimizers, synthetic
 from qlora_jax import config as config_lib
-from qlora_jax.checkpoints import Checkpoints, fingerprint
+from qlora_jax.checkpoints import Checkpoints
 from qlora_jax.config import ExperimentConfig
 from qlora_jax.evaluate import held_out_loss
+from qlora_jax.fingerprint import fingerprint
 from qlora_jax.hf import checkpoint as hf_checkpoint
 from qlora_jax.hf.files import read_json
 from qlora_jax.metrics import METRICS_FILE, MetricsWriter, write_whole

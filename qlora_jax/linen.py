@@ -60,6 +60,9 @@ def plain_weight(
 class QDense(nn.Module):
   """y = x · W + s · (x · A) · B (+ bias), with W packed or plain, and the adapter if there is one.
 
+  The adapter is what `params` has at this path: `lora_a` and `lora_b`, a `lora_bias`, a DoRA
+  `magnitude` (see `lora`).
+
   Attributes:
     features: N.
     use_bias: whether a frozen `bias` `[N]` is added.
@@ -82,31 +85,150 @@ class QDense(nn.Module):
     x = x.astype(self.dtype)
     output_dtype = self.dtype if self.output_dtype is None else self.output_dtype
     kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
-    if isinstance(kernel, QuantizedTensor):
-      y = quantized_matmul(x, kernel, implementation=self.implementation).astype(output_dtype)
-    else:
-      y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=output_dtype)
-    if self.has_variable("params", "lora_a"):
-      y = y + self._adapter(x).astype(output_dtype)
+
+    def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+      if isinstance(kernel, QuantizedTensor):
+        return quantized_matmul(x, kernel, implementation=self.implementation).astype(dtype)
+      return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+    y = _add_adapter(self, x, project(x, output_dtype), project)
     if self.use_bias:
       bias = plain_weight(self, "bias", nn.initializers.zeros_init(), (self.features,))
-      y = y + jax.lax.broadcast_in_dim(bias.astype(output_dtype), y.shape, (y.ndim - 1,))
+      y = y + _row(bias.astype(output_dtype), y)
     return y
 
-  def _adapter(self, x: jax.Array) -> jax.Array:
-    if not self.has_variable("constants", "scaling"):
-      raise ValueError(
-        f"{'/'.join(self.path)}: an adapter in params without its scaling in constants; "
-        "pass the constants that lora.init returned with it"
-      )
-    dropout, key = None, None
-    if self.has_variable("constants", "dropout") and self.has_rng("dropout"):
-      dropout, key = self.get_variable("constants", "dropout"), self.make_rng("dropout")
-    return lora.apply(
-      x,
-      self.get_variable("params", "lora_a"),
-      self.get_variable("params", "lora_b"),
-      self.get_variable("constants", "scaling"),
-      dropout=dropout,
-      key=key,
+
+class TiedHead(nn.Module):
+  """Logits x · tableᵀ of a head that has no weight of its own, and its adapter if there is one.
+
+  The adapter is the head's alone, as QDense has it: the lookup in the table does not see it. A
+  full `kernel` `[D, V]` in `params` takes the table's place.
+
+  Attributes:
+    dtype: of the products' operands; logits are float32.
+  """
+
+  dtype: DTypeLike = jnp.bfloat16
+
+  @nn.compact
+  def __call__(self, x: jax.Array, table: jax.Array) -> jax.Array:
+    """`[..., D]`, and the table `[V, D]` without its own adapter, to `[..., V]`."""
+    x = x.astype(self.dtype)
+    kernel = table.T
+    if self.has_variable("params", "kernel"):
+      kernel = plain_weight(self, "kernel", nn.initializers.zeros_init(), kernel.shape)
+
+    def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+      return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+    return _add_adapter(self, x, project(x, jnp.float32), project)
+
+
+class Embed(nn.Module):
+  """The token table `[V, D]`, looked up: scale · (table[ids] + s · A[ids] · B).
+
+  Attributes:
+    vocab_size: V.
+    features: D.
+    dtype: of the result.
+    scale: None for 1; rounded to `dtype` first, as Gemma's files are meant.
+  """
+
+  vocab_size: int
+  features: int
+  dtype: DTypeLike = jnp.bfloat16
+  scale: float | None = None
+
+  def setup(self):
+    shape = (self.vocab_size, self.features)
+    # Without the adapter: what a tied head multiplies by.
+    self.embedding = plain_weight(self, "embedding", nn.initializers.normal(0.02), shape)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """`[...]` ids to `[..., D]`."""
+    y = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    if self.has_variable("params", "lora_a"):
+      a = self.get_variable("params", "lora_a")
+      if a.shape[0] != self.vocab_size:
+        # A lookup has no shape that would fail.
+        raise ValueError(
+          f"{'/'.join((*self.path, 'lora_a'))}: {a.shape[0]} rows; the model's vocabulary has "
+          f"{self.vocab_size}"
+        )
+      b, scaling = self.get_variable("params", "lora_b"), _scaling(self)
+      y = y + lora.apply_lookup(tokens, a, b, scaling, dtype=self.dtype)
+    return y if self.scale is None else y * jnp.asarray(self.scale, self.dtype)
+
+
+def _scaling(module: nn.Module) -> jax.Array:
+  if not module.has_variable("constants", "scaling"):
+    raise ValueError(
+      f"{'/'.join(module.path)}: an adapter in params without its scaling in constants; "
+      "pass the constants that lora.init returned with it"
     )
+  return module.get_variable("constants", "scaling")
+
+
+def _add_adapter(
+  module: nn.Module,
+  x: jax.Array,
+  y: jax.Array,
+  project: Callable[[jax.Array, DTypeLike], jax.Array],
+) -> jax.Array:
+  """y = x · W as the adapter of `module` changes it, if it has one.
+
+  Args:
+    module: whose params hold the adapter.
+    x: `[..., K]`. y: `[..., N]`, without the layer's bias.
+    project: the product with W, in the dtype of what it is given; and the dtype to return.
+  """
+  if not module.has_variable("params", "lora_a"):
+    return y
+  scaling = _scaling(module)
+  a, b = (module.get_variable("params", name) for name in ("lora_a", "lora_b"))
+  dropout, key = None, None
+  if module.has_variable("constants", "dropout") and module.has_rng("dropout"):
+    dropout, key = module.get_variable("constants", "dropout"), module.make_rng("dropout")
+  delta = lora.apply(x, a, b, scaling, dropout=dropout, key=key)
+  if module.has_variable("params", "magnitude"):
+    scale = _dora_scale(module, a, b, scaling, project)
+    y = (_row(scale, y) * (y.astype(jnp.float32) + delta.astype(jnp.float32))).astype(y.dtype)
+  else:
+    y = y + delta.astype(y.dtype)
+  if module.has_variable("params", "lora_bias"):
+    bias = module.get_variable("params", "lora_bias").astype(jnp.float32)
+    y = y + _row((scaling * bias).astype(y.dtype), y)
+  return y
+
+
+def _row(x: jax.Array, like: jax.Array) -> jax.Array:
+  """`[N]` for each row of `like`."""
+  return jax.lax.broadcast_in_dim(x, like.shape, (like.ndim - 1,))
+
+
+def _dora_scale(
+  module: nn.Module,
+  a: jax.Array,
+  b: jax.Array,
+  scaling: jax.Array,
+  project: Callable[[jax.Array, DTypeLike], jax.Array],
+) -> jax.Array:
+  path = "/".join(module.path)
+  if not module.has_variable("constants", "weight_norm"):
+    raise ValueError(
+      f"{path}: a DoRA magnitude in params without its weight_norm in constants; "
+      "pass the constants that lora.init returned with it"
+    )
+  if module.has_variable("params", "kernel"):
+    raise ValueError(f"{path}: a DoRA magnitude on a weight trained in full; its norm is not kept")
+  # In full float32 on every backend: what it is subtracted from may be nearly as large.
+  with jax.default_matmul_precision("highest"):
+    projected = project(jax.lax.stop_gradient(a).T.astype(jnp.float32), jnp.float32)
+  return lora.dora_scale(
+    module.get_variable("params", "magnitude"),
+    module.get_variable("constants", "weight_norm"),
+    projected,
+    a,
+    b,
+    scaling,
+  )

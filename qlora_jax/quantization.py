@@ -134,8 +134,13 @@ def quantize(
   )
 
 
+def in_range(w: jax.Array) -> jax.Array:
+  """Whether each weight can be quantized: it is finite and at most 2^106."""
+  return jnp.abs(w.astype(jnp.float32)) <= _HUGE
+
+
 def _check_range(w: jax.Array):
-  if bool(_in_range(w)):
+  if bool(_all_in_range(w)):
     return
   host = np.asarray(w, np.float32)
   index = tuple(int(i) for i in np.argwhere(~(np.abs(host) <= _HUGE))[0])
@@ -146,8 +151,8 @@ def _check_range(w: jax.Array):
 
 
 @jax.jit
-def _in_range(w):
-  return (jnp.abs(w.astype(jnp.float32)) <= _HUGE).all()
+def _all_in_range(w):
+  return in_range(w).all()
 
 
 def _quantize_tree_of_matrices(w, codebook, block_size, nested_block_size, scale_dtype):

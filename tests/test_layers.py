@@ -16,7 +16,7 @@ import qlora_jax
 # Every module stands here, so a new one fails a test until it has a place. "x.*" is a package and
 # all that is in it. `qlora_jax` itself is the package's surface: the numbers, op and adapters.
 LAYERS = {
-  "numbers": ["codebooks", "tree_paths", "quantized_tensor", "quantization"],
+  "numbers": ["codebooks", "tree_paths", "fingerprint", "quantized_tensor", "quantization"],
   "op": ["matmul.*"],
   "adapters": ["lora", "lora_init", ""],
   "layers": ["linen", "nnx"],

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from qlora_jax import dequantize, lora, quantize, quantized_matmul
-from qlora_jax.linen import QDense
+from qlora_jax.linen import Embed, QDense, TiedHead
 
 K, N = 40, 24
 
@@ -18,8 +18,8 @@ def x_of(*leading, dtype=jnp.float32):
   return jax.random.normal(jax.random.key(0), (*leading, K), dtype)
 
 
-def run(module: nn.Module, variables, x, **kwargs) -> jax.Array:
-  y = module.apply(variables, x, **kwargs)
+def run(module: nn.Module, variables, *args, **kwargs) -> jax.Array:
+  y = module.apply(variables, *args, **kwargs)
   assert isinstance(y, jax.Array)
   return y
 
@@ -192,3 +192,113 @@ def test_gradients_are_those_of_the_dense_layer():
   for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(plain), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
     assert b.any()
+
+
+# Embeddings and tied heads.
+
+V, WIDTH = 30, 16
+
+
+def table():
+  return jax.random.normal(jax.random.key(20), (V, WIDTH))
+
+
+def tied_adapter(*targets):
+  """Of the table or the head tied to it, and its constants."""
+  cfg = lora.LoRAConfig(rank=4, targets=targets)
+  params, constants = lora.init(jax.random.key(0), {"embed": {"embedding": table()}}, cfg)
+  keys = iter(jax.random.split(jax.random.key(21), 4))
+  return jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape), params), constants
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [None, 32**0.5])
+def test_an_embedding_and_its_adapter(scale, dtype):
+  params, constants = tied_adapter("embed")
+  ids = jnp.asarray([[3, 0, 29], [3, 3, 7]])
+  module = Embed(V, WIDTH, dtype, scale=scale)
+  variables = {
+    "frozen": {"embedding": table()},
+    "params": params["embed"],
+    "constants": constants["embed"],
+  }
+  ours = run(module, variables, ids)
+  assert ours.dtype == dtype
+  merged = lora.merge({"embed": {"embedding": table()}}, params, constants)["embed"]["embedding"]
+  # As Gemma has it: the scale is rounded to dtype first.
+  factor = 1 if scale is None else float(jnp.asarray(scale, dtype))
+  expected = factor * np.asarray(merged, np.float64)[ids]
+  # Table, A, B, h, the product, the sum and the scaled sum each round.
+  atol = 4 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
+  np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=0, atol=atol)
+  bare = run(module, {"frozen": {"embedding": table()}}, ids)
+  plain = jnp.take(table(), ids, axis=0).astype(dtype)
+  np.testing.assert_array_equal(bare, plain if scale is None else plain * jnp.asarray(scale, dtype))
+  assert np.abs(np.asarray(ours - bare)).max() > 0.1
+
+
+def test_an_embedding_has_gradients_of_its_adapter():
+  params, constants = tied_adapter("embed")
+  ids = jnp.asarray([[3, 0, 29], [3, 3, 7]])
+
+  def loss(params, scale=2.0):
+    variables = {
+      "frozen": {"embedding": table()},
+      "params": params,
+      "constants": constants["embed"],
+    }
+    return jnp.tanh(run(Embed(V, WIDTH, jnp.float32, scale=scale), variables, ids)).sum()
+
+  def dense(params):
+    a, b = params["lora_a"], params["lora_b"]
+    w = table() + constants["embed"]["scaling"] * (a @ b)
+    return jnp.tanh(2 * w[ids]).sum()
+
+  ours, expected = jax.grad(loss)(params["embed"]), jax.grad(dense)(params["embed"])
+  for name in ours:
+    np.testing.assert_allclose(ours[name], expected[name], rtol=1e-4, atol=1e-4)
+  # Rows that were not looked up have none.
+  rows = np.flatnonzero(np.asarray(ours["lora_a"]).any(1))
+  assert rows.tolist() == [0, 3, 7, 29]
+
+
+def test_an_embedding_refuses_another_vocabulary():
+  params, constants = tied_adapter("embed")
+  params = {"lora_a": params["embed"]["lora_a"][:20], "lora_b": params["embed"]["lora_b"]}
+  variables = {
+    "frozen": {"embedding": table()},
+    "params": params,
+    "constants": constants["embed"],
+  }
+  with pytest.raises(ValueError, match="lora_a: 20 rows; the model's vocabulary has 30"):
+    run(Embed(V, WIDTH), variables, jnp.zeros((1, 2), jnp.int32))
+  with pytest.raises(ValueError, match="an adapter in params without its scaling"):
+    run(
+      Embed(20, WIDTH),
+      {**variables, "frozen": {"embedding": table()[:20]}, "constants": {}},
+      jnp.zeros((1, 2), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_tied_head_and_its_adapter(dtype):
+  params, constants = tied_adapter("head")
+  x = jax.random.normal(jax.random.key(5), (2, 3, WIDTH), dtype)
+  bare = run(TiedHead(dtype), {}, x, table())
+  assert bare.dtype == jnp.float32
+  x64 = np.asarray(x, np.float64)
+  stored = np.asarray(table().astype(dtype), np.float64)
+  # The products are exact in float32, and their sums are not rounded to dtype.
+  np.testing.assert_allclose(bare, x64 @ stored.T, rtol=1e-5, atol=1e-5)
+  variables = {"params": params["head"], "constants": constants["head"]}
+  ours = run(TiedHead(dtype), variables, x, table())
+  merged = lora.merge({"embed": {"embedding": table()}}, params, constants)["head"]["kernel"]
+  expected = x64 @ np.asarray(merged, np.float64)
+  atol = 4 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=atol)
+  # A kernel of its own takes the table's place.
+  other = jax.random.normal(jax.random.key(6), (WIDTH, V))
+  own = run(TiedHead(dtype), {"params": {"kernel": other}}, x, table())
+  np.testing.assert_array_equal(own, run(TiedHead(dtype), {}, x, other.T))
+  with pytest.raises(ValueError, match="kernel: shape"):
+    run(TiedHead(dtype), {"params": {"kernel": other.T}}, x, table())

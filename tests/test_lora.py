@@ -387,6 +387,127 @@ def test_experts_have_adapters_of_their_own(stacked):
   np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-4)
 
 
+# Tables and tied heads
+
+
+def tied():
+  return {name: tree for name, tree in packed().items() if name != "head"}
+
+
+def test_tables_and_tied_heads_are_explicit():
+  # A wildcard takes in neither: what reads a table is not seen from its path.
+  for frozen in (base(), tied()):
+    params, _ = lora.init(jax.random.key(0), frozen, LoRAConfig(rank=2, targets=("*",)))
+    assert set(params) == {"layers", "head"} & set(frozen)
+  for names in (("embed", "head"), ("embed/embedding", "head/kernel")):
+    cfg = LoRAConfig(rank=2, targets=names, dropout=0.1, rank_pattern={names[0]: 3})
+    for frozen in (base(), tied()):
+      params, constants = lora.init(jax.random.key(0), frozen, cfg)
+      assert jax.tree.map(jnp.shape, params) == {
+        "embed": {"lora_a": (40, 3), "lora_b": (3, D)},
+        "head": {"lora_a": (D, 2), "lora_b": (2, 40)},
+      }
+      assert lora.count(params, constants) == 3 * (40 + D) + 2 * (D + 40)
+      # A lookup drops nothing, and starts as PEFT's.
+      assert "dropout" not in constants["embed"] and "dropout" in constants["head"]
+      assert not params["embed"]["lora_a"].any() and params["embed"]["lora_b"].all()
+
+
+@pytest.mark.parametrize("targets", [("embed",), ("head",), ("embed", "head")])
+def test_merge_unties_what_the_adapters_tell_apart(targets):
+  frozen = tied()
+  params, constants = lora.init(jax.random.key(0), frozen, LoRAConfig(rank=4, targets=targets))
+  params = filled(params)
+  merged = lora.merge(frozen, params, constants)
+  table = np.asarray(frozen["embed"]["embedding"])
+  expected = {"embed": table, "head": table.T}
+  for name in targets:
+    expected[name] = numpy_merged(expected[name], params[name], constants[name]["scaling"])
+  np.testing.assert_allclose(merged["embed"]["embedding"], expected["embed"], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(merged["head"]["kernel"], expected["head"], rtol=1e-5, atol=1e-5)
+  if "embed" not in targets:
+    np.testing.assert_array_equal(merged["embed"]["embedding"], table)
+  # Without an adapter on either the head stays tied.
+  params, constants = lora.init(jax.random.key(0), frozen, LoRAConfig(rank=4, targets=("*/q",)))
+  assert "head" not in lora.merge(frozen, filled(params), constants)
+
+
+def test_merge_of_a_tied_table_trained_in_full():
+  # Both read it: it stays one weight.
+  frozen, table = tied(), jnp.ones((40, D))
+  merged = lora.merge(frozen, {"embed": {"embedding": table}}, {})
+  assert "head" not in merged
+  np.testing.assert_array_equal(merged["embed"]["embedding"], table)
+  # An adapter on the head adds to it.
+  cfg = LoRAConfig(rank=4, targets=("head",), modules_to_save=("embed",))
+  params, constants = lora.init(jax.random.key(0), frozen, cfg)
+  np.testing.assert_array_equal(params["embed"]["embedding"], frozen["embed"]["embedding"])
+  params = filled(params)
+  merged = lora.merge(frozen, params, constants)
+  expected = numpy_merged(
+    params["embed"]["embedding"].T, params["head"], constants["head"]["scaling"]
+  )
+  np.testing.assert_allclose(merged["head"]["kernel"], expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(merged["embed"]["embedding"], params["embed"]["embedding"])
+  with pytest.raises(ValueError, match=r"lora.modules_to_save: embed: the head is tied to it and"):
+    lora.init(jax.random.key(0), frozen, dataclasses.replace(cfg, use_dora=True))
+
+
+# Weights trained in full
+
+
+@pytest.mark.parametrize("frozen", [base, packed])
+def test_modules_to_save_are_copied(frozen):
+  frozen = frozen()
+  cfg = LoRAConfig(
+    rank=4,
+    targets=("*/mlp/up",),
+    modules_to_save=("layers/*/attn/q", "layers/*/norm/scale", "head"),
+  )
+  params, constants = lora.init(jax.random.key(0), frozen, cfg)
+  full = {path for path in tree_paths.leaves(params) if "lora" not in path}
+  # A module with all its weights.
+  assert full == {
+    "layers/attn/q/kernel",
+    "layers/attn/q/bias",
+    "layers/norm/scale",
+    "head/kernel",
+  }
+  dense = lora.merge(frozen, {}, {})
+  for path in full:
+    leaf = tree_paths.leaves(params)[path]
+    assert leaf.dtype == jnp.float32
+    np.testing.assert_array_equal(leaf, tree_paths.leaves(dense)[path])
+  adapters = 4 * (D + F) * L
+  assert lora.count(params, constants) == adapters + L * D * (D + 1) + L * D + D * 40
+  # They are no aliases: a step that is given params to overwrite leaves the base.
+  jax.jit(lambda p: jax.tree.map(lambda x: x + np.float32(1), p), donate_argnums=0)(params)
+  assert np.isfinite(np.asarray(frozen["layers"]["norm"]["scale"])).all()
+
+
+def test_a_tied_head_gets_a_kernel_of_its_own():
+  frozen = tied()
+  cfg = LoRAConfig(rank=4, modules_to_save=("head",))
+  params, constants = lora.init(jax.random.key(0), frozen, cfg)
+  np.testing.assert_array_equal(params["head"]["kernel"], frozen["embed"]["embedding"].T)
+  merged = lora.merge(frozen, filled(params), constants)
+  np.testing.assert_array_equal(merged["head"]["kernel"], filled(params)["head"]["kernel"])
+  np.testing.assert_array_equal(merged["embed"]["embedding"], frozen["embed"]["embedding"])
+  cfg = LoRAConfig(rank=4, modules_to_save=("*",), targets=("embed",))
+  with pytest.raises(ValueError, match="modules_to_save: embed: a target too"):
+    lora.init(jax.random.key(0), frozen, cfg)
+
+
+def test_full_leaves_are_float32_whatever_the_base_is_stored_in():
+  frozen = {"q": {"kernel": jnp.ones((4, 4), jnp.bfloat16)}}
+  params, _ = lora.init(
+    jax.random.key(0),
+    {**frozen, "p": {"kernel": jnp.ones((4, 4))}},
+    LoRAConfig(rank=2, targets=("p",), modules_to_save=("q",)),
+  )
+  assert params["q"]["kernel"].dtype == jnp.float32
+
+
 # Errors
 
 
@@ -400,6 +521,7 @@ def test_experts_have_adapters_of_their_own(stacked):
     (dict(targets="*/q"), "targets: '*/q'; a tuple of patterns"),
     (dict(dropout=1.0), "dropout: 1.0; a probability in [0, 1)"),
     (dict(dropout=-0.1), "dropout: -0.1"),
+    (dict(modules_to_save="head"), "modules_to_save: 'head'; a tuple of patterns"),
     (dict(rank_pattern={"*/q": 0}), "rank_pattern['*/q']: 0; a rank is at least 1"),
     (dict(alpha_pattern={"*/q": -1.0}), "alpha_pattern['*/q']: -1.0; an alpha is above 0"),
   ],
@@ -414,9 +536,31 @@ def test_impossible_configs(kwargs, message):
   "kwargs, messages",
   [
     (dict(targets=("*/k",)), ["lora.targets: pattern '*/k' matches no weight; near paths: ", "/q"]),
-    # Vectors and tables are no targets.
+    # Of two, the one that matches nothing is named.
+    (dict(targets=("*/q", "*/nothing")), ["lora.targets: pattern '*/nothing' matches no weight"]),
+    # Vectors are no targets, and tables only by their names.
     (dict(targets=("*/norm/*",)), ["'*/norm/*' matches no weight"]),
     (dict(targets=("embed/*",)), ["'embed/*' matches no weight"]),
+    (
+      dict(targets=("embed",), use_dora=True),
+      ["lora.use_dora: True; embed, a lookup, takes plain"],
+    ),
+    (
+      dict(targets=("embed",), lora_bias=True),
+      ["lora.lora_bias: True; embed, a lookup, takes pla"],
+    ),
+    (
+      dict(modules_to_save=("final_nrom",)),
+      ["lora.modules_to_save: pattern 'final_nrom' matches no weight"],
+    ),
+    (
+      dict(modules_to_save=("layers/[01]/norm",)),
+      ["lora.modules_to_save: pattern 'layers/[01]/norm' matches 2 of the 3 layers of layers/norm"],
+    ),
+    (
+      dict(modules_to_save=("*/attn/q",)),
+      ["lora.modules_to_save: layers/attn/q: a target too; a weight is trained in full or has"],
+    ),
     (dict(targets=("*/q",), rank_pattern={"*/up": 2}), ["lora.rank_pattern: pattern '*/up'"]),
     (dict(targets=("*/q",), alpha_pattern={"nope": 2.0}), ["lora.alpha_pattern: pattern 'nope'"]),
     (

@@ -1,4 +1,4 @@
-"""bitsandbytes' order of 4-bit weights, to and from ours: the one place that converts it.
+"""bitsandbytes' 4-bit weights, to and from ours: the one place that converts their order.
 
 bitsandbytes flattens torch's weight `[out, in]` row by row, cuts the flat array into blocks and
 packs two codes a byte, the first in the high nibble. Where the block size divides `in`, such a
@@ -6,12 +6,14 @@ block is B weights along K of our `[K, N] = [in, out]`, so that the two hold the
 scales in another order, and nothing is rounded again.
 """
 
+import json
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax import codebooks
+from qlora_jax.hf.tensors import Tensors
 from qlora_jax.quantized_tensor import (
   NestedScales,
   QuantizedTensor,
@@ -170,3 +172,97 @@ def _check_blocks(where: str, shape: tuple[int, ...], block_size: int) -> None:
       f"{where}: in {k} is not a multiple of block_size {block_size}: bitsandbytes' blocks then "
       "cross from row to row, and ours end with each; this form is not supported yet"
     )
+
+
+# What lies beside a packed weight in a file, under its name.
+_STATE = "quant_state.bitsandbytes__"
+_ARRAYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+def _table(kind: str) -> np.ndarray:
+  """The levels in the order of bitsandbytes' codes."""
+  return codebooks.get(kind).table[np.argsort(_CODES[kind])]
+
+
+def is_packed(tensors: Tensors, name: str) -> bool:
+  """Whether the weight `name` of a checkpoint is one that bitsandbytes packed."""
+  return any(f"{name}.{_STATE}{kind}" in tensors for kind in _CODES)
+
+
+def names(tensors: Tensors, name: str) -> list[str]:
+  """The tensors that a packed weight consists of, itself included."""
+  beside = [f"{name}.{key}" for key in (*_ARRAYS, *(_STATE + kind for kind in _CODES))]
+  return [name, *(key for key in beside if key in tensors)]
+
+
+def read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+  """The packed weight `name`, code for code.
+
+  Args:
+    shape: `[out, in]`, which its state must agree with.
+
+  Returns:
+    `[K, N] = [in, out]`.
+
+  Raises:
+    ValueError: a state that is not whole or does not fit; the message names file and tensor.
+  """
+  where = tensors.where(name)
+  state = json.loads(
+    bytes(next(tensors.get(key) for key in names(tensors, name) if _STATE in key)).decode()
+  )
+  try:
+    if tuple(state["shape"]) != tuple(shape):
+      raise ValueError(f"shape {state['shape']}; the config asks for {list(shape)}")
+    nested = f"{name}.nested_absmax" in tensors
+    kind = state["quant_type"]
+    # bitsandbytes decodes by its own table, whatever the file says.
+    stored = tensors.get(f"{name}.quant_map")
+    if kind in _CODES and not np.allclose(stored, _table(kind), atol=1e-6):
+      raise ValueError(f"its quant_map is not the table of {kind}")
+    return from_bitsandbytes(
+      tensors.get(name),
+      tensors.get(f"{name}.absmax"),
+      shape=state["shape"],
+      quant_type=kind,
+      block_size=state["blocksize"],
+      nested_absmax=tensors.get(f"{name}.nested_absmax") if nested else None,
+      nested_offset=state["nested_offset"] if nested else None,
+      nested_block_size=state.get("nested_blocksize", 256),
+    )
+  except KeyError as error:
+    raise ValueError(f"{where}: its quant_state lacks {error}") from None
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from None
+
+
+def arrays(name: str, q: QuantizedTensor, dtype: str) -> dict[str, np.ndarray]:
+  """The tensors of a file for the packed weight `name`: the inverse of `read`.
+
+  Args:
+    q: `[K, N]`.
+    dtype: that bitsandbytes is to decode to, "bfloat16", "float16" or "float32".
+
+  Raises:
+    ValueError: see `to_bitsandbytes`.
+  """
+  kind = quant_type(q)
+  own = to_bitsandbytes(q)
+  n, k = q.shape[::-1]
+  state = {"quant_type": kind, "blocksize": q.block_size, "dtype": dtype, "shape": [n, k]}
+  tensors = {
+    name: own["packed"],
+    f"{name}.absmax": own["absmax"],
+    f"{name}.quant_map": _table(kind),
+  }
+  if isinstance(q.scales, NestedScales):
+    state |= {
+      "nested_blocksize": q.scales.block_size,
+      "nested_dtype": "float32",
+      "nested_offset": float(own["nested_offset"]),
+    }
+    tensors[f"{name}.nested_absmax"] = own["nested_absmax"]
+    tensors[f"{name}.nested_quant_map"] = codebooks.dynamic_map()
+  text = json.dumps(state).encode()
+  tensors[f"{name}.{_STATE}{kind}"] = np.frombuffer(text, np.uint8)
+  return tensors

@@ -1,44 +1,62 @@
-"""Checkpoints as Hugging Face keeps them: config.json and safetensors.
+"""Checkpoints as Hugging Face keeps them, read: config.json and safetensors.
 
-A checkpoint is read one tensor at a time: a matrix is quantized on the device as it arrives and
-written into its place in the stack of layers, which is updated in place. So neither the host nor
-the device holds more than the packed model and one tensor.
+A checkpoint is read in runs of output rows. Each is quantized on the device as it arrives and
+written into its place in the stack of layers, which is made once and updated in place, while the
+next one is read. So neither the host nor the device holds more than the packed model and a few
+such runs.
 """
 
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import itertools
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
+import tqdm
 from jax.typing import DTypeLike
 
-from qlora_jax import lora, tree_paths
-from qlora_jax.hf.files import new_directory, read_json, write_json
+from qlora_jax import codebooks, tree_paths
+from qlora_jax.hf import bitsandbytes, hub, packed
+from qlora_jax.hf.files import read_json
+from qlora_jax.hf.tensors import Tensors
 from qlora_jax.models import families
 from qlora_jax.models.transformer import RematPolicy, Transformer, TransformerConfig
 from qlora_jax.quantization import (
   QuantizationConfig,
   Treatment,
+  in_range,
+  nest_scales,
   quantize,
   quantize_tree,
   treatments,
 )
-from qlora_jax.quantized_tensor import is_quantized
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+from qlora_jax.quantized_tensor import NestedScales, QuantizedTensor, is_quantized
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
-# Buffers that old checkpoints carry, which follow from config.json.
-_IGNORED_ENDINGS = (".rotary_emb.inv_freq",)
+# Of the file, read at once. Smaller ones cost a dispatch each, larger ones memory.
+_CHUNK_BYTES = 64 << 20
+
+# Runs of rows that are read ahead, and those whose quantization may be under way.
+_READ_AHEAD = 2
+_IN_FLIGHT = 2
+
+_REQUANTIZED = {
+  "gptq": "GPTQ's order of weights is not read",
+  "awq": "AWQ's order of weights is not read",
+}
+
+# A sharding for all arrays of the base, or one by path and shape.
+Shardings = jax.sharding.Sharding | Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
 
 
 def load(
@@ -49,16 +67,23 @@ def load(
   storage_dtype: DTypeLike | None = None,
   remat: RematPolicy = "none",
   implementation: str | None = None,
+  sharding: Shardings | None = None,
+  progress: bool = True,
 ) -> tuple[Transformer, dict[str, Any]]:
   """Reads a model, quantizing its weights as they come.
 
   Args:
-    path: a directory with config.json and safetensors.
+    path: a directory with config.json and safetensors, dense or of bitsandbytes' 4 bits; one that
+      `save_base` wrote; or a hub id, org/name[@revision].
     quantization: of every linear layer of the decoder's blocks; or rules for `quantize_tree`;
-      or None. Embeddings, norms and the head stay in 16 bits unless a rule says otherwise.
+      or None. Embeddings, norms and the head stay in 16 bits unless a rule says otherwise. Of a
+      base that is packed already, None takes it as it is, and anything else must agree with it.
     dtype: of the computation; None takes the checkpoint's own.
     storage_dtype: of the weights that are not quantized; None keeps the file's.
     remat, implementation: see `Transformer`.
+    sharding: of the base: one for all its arrays, or a function of the path (of a leaf of the
+      packed tree, `layers/attn/q/kernel/codes`) and the shape. JAX's default device where None.
+    progress: a bar that counts bytes, where stderr is a terminal.
 
   Returns:
     (model, frozen): `model.apply({"params": {}, "constants": {}, "frozen": frozen}, tokens)`.
@@ -66,50 +91,38 @@ def load(
   Raises:
     FileNotFoundError: the directory, or a file in it, is missing; says what was looked for.
     ValueError: an unsupported config; a tensor that is missing, unexpected, of another shape or
-      not finite; a file that is cut short. One line with the file and the tensor.
+      not finite; a file that is cut short; a base that is packed otherwise than asked. One line
+      with the file and the tensor.
   """
   directory = _directory(path)
   raw = read_json(directory / "config.json")
-  if quantized := raw.get("quantization_config"):
-    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-    raise ValueError(
-      f"{directory}: quantized already ({method}); give the 16-bit checkpoint it was made from"
-    )
-  config = _read_config(directory, raw)
+  config = dataclasses.replace(_read_config(directory, raw), hf_directory=str(directory))
   if dtype is None:
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     # Some files spell it as torch prints it.
     dtype = str(dtype).removeprefix("torch.")
-    compute = _float_dtype(f"{directory}: config.json: dtype", dtype)
+    compute = float_dtype(f"{directory}: config.json: dtype", dtype)
   else:
-    compute = _float_dtype("dtype", dtype)
+    compute = float_dtype("dtype", dtype)
   if storage_dtype is not None:
-    storage_dtype = _float_dtype("storage_dtype", storage_dtype)
+    storage_dtype = float_dtype("storage_dtype", storage_dtype)
   model = Transformer(config, compute, remat, implementation)
-
-  shapes = _shapes(model)
   rules = default_rules(quantization)
-  quantize_tree_abstract(shapes, rules)
-  chosen = treatments(shapes, rules)
-  names = families.family(config.model_type).names
-  flat = tree_paths.leaves(shapes)
-  with _Tensors(directory) as tensors:
-    tensors.check_names(
-      {
-        names[leaf].format(layer=layer)
-        for leaf, like in flat.items()
-        for layer in (range(like.shape[0]) if tree_paths.is_stacked(leaf) else (None,))
-      },
-      ignored={names["head/kernel"]} if config.tie_embeddings else set(),
-    )
-    if config.tie_embeddings:
-      table = "embed/embedding"
-      tensors.check_tied(names["head/kernel"], names[table], flat[table].shape)
-    frozen = {
-      leaf: _read_leaf(tensors, leaf, names[leaf], like.shape, chosen[leaf], storage_dtype)
-      for leaf, like in flat.items()
-    }
-  return model, tree_paths.nest(frozen)
+  planned = abstract_base(model, rules, storage_dtype or jnp.float32)
+  place = functools.partial(_place, sharding=sharding)
+
+  if packed.is_packed(directory):
+    frozen = packed.read(directory, model_shapes(model), place, progress=progress)
+    if quantization is not None:
+      _check_agreement(directory, frozen, planned, rules)
+    return model, frozen
+  from_bitsandbytes = bool(_packing(directory, raw))
+  with Tensors(directory) as tensors:
+    reader = _Reader(tensors, model, rules, storage_dtype, place, from_bitsandbytes)
+    frozen = reader.read(progress)
+  if from_bitsandbytes and quantization is not None:
+    _check_agreement(directory, frozen, planned, rules)
+  return model, frozen
 
 
 def default_rules(
@@ -133,7 +146,8 @@ def read_config(path: str | os.PathLike[str]) -> TransformerConfig:
   return _read_config(directory, read_json(directory / "config.json"))
 
 
-def _float_dtype(name: str, value: DTypeLike) -> np.dtype:
+def float_dtype(name: str, value: DTypeLike) -> np.dtype:
+  """`value` as a dtype; refuses, as the argument `name`, what is no float dtype of weights."""
   try:
     dtype = jnp.dtype(value)
   except TypeError:
@@ -151,18 +165,31 @@ def _read_config(directory: Path, raw: Mapping[str, Any]) -> TransformerConfig:
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:
-  directory = Path(path).absolute()
-  if not directory.is_dir():
-    raise FileNotFoundError(
-      f"{directory}: no such directory; a model is a directory with config.json and "
-      f"{_SINGLE} (or {_INDEX})"
-    )
+  directory = hub.resolve(path)
   if not (directory / "config.json").exists():
     raise FileNotFoundError(f"{directory}: not a model: config.json was looked for")
   return directory
 
 
-def _shapes(model: Transformer) -> Any:
+def _packing(directory: Path, raw: Mapping[str, Any]) -> str | None:
+  """ "bitsandbytes" of a checkpoint in its 4 bits, None of a dense one."""
+  given = raw.get("quantization_config")
+  if not given:
+    return None
+  method = given.get("quant_method") if isinstance(given, dict) else given
+  if method == "bitsandbytes" and given.get("load_in_4bit"):
+    return method
+  if method == "bitsandbytes":
+    method = "bitsandbytes in 8 bits"
+  reason = _REQUANTIZED.get(str(method), "not read here")
+  raise ValueError(
+    f"{directory}: quantized already ({method}): {reason}; give the 16-bit checkpoint that it was "
+    "made from, and a quantization of its own"
+  )
+
+
+def model_shapes(model: Transformer) -> Any:
+  """The tree of the model's dense base, of `jax.ShapeDtypeStruct`."""
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   return jax.eval_shape(model.init, jax.random.key(0), tokens)["frozen"]
 
@@ -170,253 +197,425 @@ def _shapes(model: Transformer) -> Any:
 def abstract_base(
   model: Transformer, rules: Mapping[str, Treatment], storage_dtype: DTypeLike
 ) -> Any:
-  """The shapes of the base that `load` would make, with nothing read or allocated."""
+  """The shapes of the base that `load` would make, with nothing read or allocated.
+
+  Raises:
+    ValueError: rules that match nothing or disagree.
+  """
   shapes = jax.tree.map(
-    lambda like: jax.ShapeDtypeStruct(like.shape, jnp.dtype(storage_dtype)), _shapes(model)
+    lambda like: jax.ShapeDtypeStruct(like.shape, jnp.dtype(storage_dtype)), model_shapes(model)
   )
-  return quantize_tree_abstract(shapes, rules)
-
-
-def quantize_tree_abstract(shapes: Any, rules: Mapping[str, Treatment]) -> Any:
-  """`quantize_tree` of shapes: the shapes of the result, or its errors, before anything is read."""
   return jax.eval_shape(functools.partial(quantize_tree, rules=rules), shapes)
 
 
-class _Tensors:
-  """The tensors of a checkpoint by name, whichever file they lie in."""
-
-  def __init__(self, directory: Path):
-    self._directory = directory
-    self._open: dict[Path, Any] = {}
-    index = directory / _INDEX
-    if (directory / _SINGLE).exists():
-      single = directory / _SINGLE
-      self._files = dict.fromkeys(self._handle(single).keys(), single)
-    elif index.exists():
-      weight_map = read_json(index).get("weight_map")
-      if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: has no weight_map; it says which file holds which tensor")
-      self._files = {name: directory / file for name, file in weight_map.items()}
-      # A shard that is missing or cut short is found now, not after half an hour of the others.
-      for file in sorted(set(self._files.values())):
-        self._handle(file)
-    else:
-      pickled = sorted(directory.glob("*.bin")) + sorted(directory.glob("*.pt"))
-      reason = (
-        f"only {pickled[0].name}, which is pickled and could run code; convert it to safetensors: "
-        'python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{directory}').save_pretrained('NEW_DIRECTORY')\""
-        if pickled
-        else f"{_SINGLE} and {_INDEX} were looked for"
-      )
-      raise FileNotFoundError(f"{directory}: no weights: {reason}")
-    # Some files leave the prefix off.
-    self._prefix = "" if any(name.startswith("model.") for name in self._files) else "model."
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self._open.clear()
-
-  def _handle(self, file: Path) -> Any:
-    if file not in self._open:
-      if not file.exists():
-        raise FileNotFoundError(f"{file}: missing; {_INDEX} names it")
-      try:
-        self._open[file] = safetensors.safe_open(file, framework="numpy")
-      except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-    return self._open[file]
-
-  def where(self, name: str) -> str:
-    """File and tensor, for a message."""
-    stored = name.removeprefix(self._prefix)
-    return f"{self._files.get(stored, self._directory)}: {stored}"
-
-  def get(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor `name`, of that shape."""
-    stored = name.removeprefix(self._prefix)
-    handle = self._handle(self._files[stored])
-    try:
-      found = tuple(handle.get_slice(stored).get_shape())
-      if found != shape:
-        raise ValueError(
-          f"{self.where(name)}: shape {list(found)}; the config asks for {list(shape)}"
-        )
-      value = handle.get_tensor(stored)
-    except safetensors.SafetensorError as error:
-      raise ValueError(f"{self.where(name)}: cannot be read ({error})") from None
-    return value
-
-  def dtype(self, name: str) -> np.dtype:
-    """Of the tensor `name`, from the header."""
-    stored = name.removeprefix(self._prefix)
-    try:
-      # An empty slice: the header's own names of dtypes are not numpy's.
-      return self._handle(self._files[stored]).get_slice(stored)[:0].dtype
-    except safetensors.SafetensorError as error:
-      raise ValueError(f"{self.where(name)}: cannot be read ({error})") from None
-
-  def check_names(self, wanted: set[str], ignored: set[str]) -> None:
-    """Compares the names that are there with those the config asks for, before any is read."""
-    for name in sorted(wanted):
-      if name.removeprefix(self._prefix) not in self._files:
-        raise ValueError(f"{self.where(name)}: missing tensor; the config asks for it")
-    wanted = {name.removeprefix(self._prefix) for name in wanted}
-    for stored in sorted(set(self._files) - wanted - ignored):
-      if not stored.endswith(_IGNORED_ENDINGS):
-        raise ValueError(
-          f"{self._files[stored]}: {stored}: unexpected tensor; the config has no place for it"
-        )
-
-  def check_tied(self, head: str, table: str, shape: tuple[int, ...]) -> None:
-    """Refuses a head that the config ties to `table` and that is there with other weights."""
-    # Bytes, so that a NaN equals itself here and is named where the table is read.
-    if head in self._files and self.get(head, shape).tobytes() != self.get(table, shape).tobytes():
+def _check_agreement(
+  directory: Path, frozen: Any, planned: Any, rules: Mapping[str, Treatment]
+) -> None:
+  """Refuses a packed base that is packed otherwise than was asked."""
+  found = tree_paths.leaves(frozen, is_leaf=is_quantized)
+  chosen = treatments(planned, rules)
+  for path, like in tree_paths.leaves(planned, is_leaf=is_quantized).items():
+    asked = chosen[path] if is_quantized(like) else None
+    have, want = describe(found[path]), describe(like)
+    if isinstance(asked, QuantizationConfig):
+      want = f"{asked.codebook}, {want}"
+      table = codebooks.get(asked.codebook, asked.block_size).table
+      same = is_quantized(found[path]) and _has_table(found[path], table)
+      have = f"{asked.codebook if same else 'another codebook'}, {have}"
+    if have != want:
       raise ValueError(
-        f"{self.where(head)}: differs from {table}, to which tie_word_embeddings ties it; set that "
-        "to false in config.json, or leave the tensor out"
+        f"{directory}: {tree_paths.module(path)}: stored as {have}; the quantization that was "
+        f"asked for is {want}; leave it out to take the base as it is, or quantize the original"
       )
 
 
-def _read_leaf(
-  tensors: _Tensors,
-  leaf: str,
-  name: str,
-  shape: tuple[int, ...],
-  treatment: Treatment,
-  storage_dtype: DTypeLike | None,
-) -> Any:
-  kernel = leaf.endswith("/kernel")
+def _has_table(q: QuantizedTensor, table: np.ndarray) -> bool:
+  levels = np.asarray(q.levels).reshape(-1, q.levels.shape[-1])
+  return levels.shape[-1] == len(table) and bool((levels == table).all())
 
-  def read(name: str, shape: tuple[int, ...]) -> Any:
-    stored = shape[::-1] if kernel else shape
-    w = jnp.asarray(tensors.get(name, stored))
-    try:
-      return _treat(w, treatment, storage_dtype, kernel)
-    except (ValueError, TypeError) as error:
-      raise ValueError(f"{tensors.where(name)}: {error}") from None
 
-  if not tree_paths.is_stacked(leaf):
-    return read(name, shape)
-  layers, *shape_of_one = shape
-  if (
-    storage_dtype is None and len({tensors.dtype(name.format(layer=i)) for i in range(layers)}) > 1
+def describe(leaf: Any) -> str:
+  """How a leaf of a base is stored, in words."""
+  if not is_quantized(leaf):
+    return "16 or 32 bits"
+  scales = leaf.scales
+  if isinstance(scales, NestedScales):
+    kind = f"double quantization in blocks of {scales.block_size}"
+  else:
+    kind = f"{scales.dtype} scales"
+  return f"{leaf.bits}-bit codes in blocks of {leaf.block_size}, {kind}"
+
+
+def _place(path: str, tree: Any, sharding: Shardings | None) -> Any:
+  """`tree`, the value of the base at `path`, where it belongs."""
+  if sharding is None:
+    return jax.tree.map(jnp.asarray, tree)
+
+  def put(below, array):
+    full = "/".join(filter(None, (path, tree_paths.path_string(below))))
+    like = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    return jax.device_put(array, sharding(full, like) if callable(sharding) else sharding)
+
+  return jax.tree_util.tree_map_with_path(put, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+  """One tensor of the files and its place: the indices of layer (and expert) in our leaf."""
+
+  leaf: str
+  name: str
+  index: tuple[int, ...]
+  shape: tuple[int, ...]
+  last: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """A run of rows of a tensor, read from the file."""
+
+  matrix: _Matrix
+  start: int
+  stop: int | None
+  last: bool
+
+
+class _Reader:
+  """Reads a whole checkpoint into the tree of `model`."""
+
+  def __init__(
+    self,
+    tensors: Tensors,
+    model: Transformer,
+    rules: Mapping[str, Treatment],
+    storage_dtype: DTypeLike | None,
+    place: Callable[[str, Any], Any],
+    from_bitsandbytes: bool,
   ):
+    shapes = model_shapes(model)
+    self._tensors = tensors
+    self._place = place
+    self._treatments = treatments(shapes, rules)
+    self._shapes = {path: like.shape for path, like in tree_paths.leaves(shapes).items()}
+    self._names = families.family(model.config.model_type).names
+    self._from_bitsandbytes = from_bitsandbytes
+    matrices = {leaf: self._matrices(leaf) for leaf in self._shapes}
+    self._check(model.config, matrices)
+    self._dtypes = {leaf: self._dtype(leaf, own, storage_dtype) for leaf, own in matrices.items()}
+    self._queue = list(itertools.chain.from_iterable(matrices.values()))
+    self._flags: collections.deque[tuple[_Rows, jax.Array]] = collections.deque()
+
+  def _matrices(self, leaf: str) -> list[_Matrix]:
+    shape, name = self._shapes[leaf], self._names[leaf]
+    counts = [key for key in ("{layer}", "{expert}") if key in name]
+    leading, own = shape[: len(counts)], shape[len(counts) :]
+    stored = own[::-1] if leaf.endswith("/kernel") else own
+    indices = list(itertools.product(*map(range, leading)))
+    return [
+      _Matrix(
+        leaf,
+        name.format(**dict(zip(("layer", "expert"), index, strict=False))),
+        index,
+        stored,
+        last=index == indices[-1],
+      )
+      for index in indices
+    ]
+
+  def _check(self, config: TransformerConfig, matrices: Mapping[str, list[_Matrix]]) -> None:
+    wanted: dict[str, tuple[int, ...] | None] = {}
+    for matrix in itertools.chain.from_iterable(matrices.values()):
+      wanted[matrix.name] = matrix.shape
+      if self._packed(matrix.name):
+        wanted |= dict.fromkeys(bitsandbytes.names(self._tensors, matrix.name))
+    tied = self._names["head/kernel"] if config.tie_embeddings else None
+    self._tensors.check(wanted, ignored=[tied] if tied else ())
+    for matrix in itertools.chain.from_iterable(matrices.values()):
+      if not self._packed(matrix.name):
+        self._tensors.float_dtype(matrix.name)
+    if tied:
+      self._tensors.check_tied(tied, self._names["embed/embedding"])
+
+  def _packed(self, name: str) -> bool:
+    return self._from_bitsandbytes and bitsandbytes.is_packed(self._tensors, name)
+
+  def _dtype(
+    self, leaf: str, matrices: list[_Matrix], storage_dtype: DTypeLike | None
+  ) -> np.dtype | None:
+    """What a leaf that is not quantized is stored in; None of one that is."""
+    treatment = self._treatments[leaf]
+    packed_ones = [self._packed(matrix.name) for matrix in matrices]
+    if any(packed_ones):
+      if not all(packed_ones):
+        name = matrices[packed_ones.index(False)].name
+        raise ValueError(
+          f"{self._tensors.where(name)}: not packed, where other layers of {leaf} are; layers of "
+          "one stack share a form"
+        )
+      return None
+    is_matrix = len(matrices[0].shape) >= 2
+    if isinstance(treatment, QuantizationConfig) and is_matrix:
+      return None
+    if treatment is not None and not isinstance(treatment, QuantizationConfig):
+      return jnp.dtype(treatment)
+    if storage_dtype is not None:
+      return jnp.dtype(storage_dtype)
     # Layers of unlike dtypes share the one that holds them all.
-    storage_dtype = jnp.float32
-  stack = None
-  for layer in range(layers):
-    one = read(name.format(layer=layer), tuple(shape_of_one))
-    if stack is None:
-      stack = jax.tree.map(lambda x: jnp.zeros((layers, *x.shape), x.dtype), one)
-    stack = _write(stack, one, layer)
-    del one  # else it would be held while the next is read
-  return stack
+    dtypes = {self._tensors.float_dtype(matrix.name) for matrix in matrices}
+    return dtypes.pop() if len(dtypes) == 1 else jnp.dtype(jnp.float32)
+
+  def read(self, progress: bool) -> dict[str, Any]:
+    """The tree."""
+    frozen: dict[str, Any] = {}
+    stack: Any = None
+    total = sum(self._bytes(matrix) for matrix in self._queue)
+    bar = tqdm.tqdm(
+      total=total, unit="B", unit_scale=True, desc="reading", disable=None if progress else True
+    )
+    with bar, contextlib.closing(self._ahead(self._runs())) as runs:
+      for rows, value in runs:
+        matrix = rows.matrix
+        if stack is None:
+          stack = self._stack(matrix)
+        stack.write(rows, value, self._flags)
+        del value  # else it would be held while the next is read
+        self._settle(_IN_FLIGHT)
+        if rows.last:
+          bar.update(self._bytes(matrix))
+          if matrix.last:
+            frozen[matrix.leaf] = self._place(matrix.leaf, stack.value)
+            stack = None
+    self._settle(0)
+    return tree_paths.nest(frozen)
+
+  def _bytes(self, matrix: _Matrix) -> int:
+    if self._packed(matrix.name):
+      return math.prod(matrix.shape) // 2
+    return math.prod(matrix.shape) * self._tensors.float_dtype(matrix.name).itemsize
+
+  def _stack(self, matrix: _Matrix) -> "_Stack":
+    shape, leaf = self._shapes[matrix.leaf], matrix.leaf
+    leading = shape[: len(matrix.index)]
+    if self._packed(matrix.name):
+      return _PackedStack(leading)
+    dtype = self._dtypes[leaf]
+    transposed = leaf.endswith("/kernel")
+    if dtype is not None:
+      return _DenseStack(shape, dtype, transposed)
+    treatment = self._treatments[leaf]
+    assert isinstance(treatment, QuantizationConfig)
+    return _QuantizedStack(shape, treatment, transposed, leading)
+
+  def _runs(self) -> Iterator[_Rows]:
+    """The runs of rows in the order in which they are written."""
+    for matrix in self._queue:
+      if self._packed(matrix.name) or not self._by_rows(matrix):
+        yield _Rows(matrix, 0, None, True)
+        continue
+      rows, *rest = matrix.shape
+      size = math.prod(rest) * self._tensors.float_dtype(matrix.name).itemsize
+      step = max(1, _CHUNK_BYTES // max(size, 1))
+      for start in range(0, rows, step):
+        yield _Rows(matrix, start, min(start + step, rows), start + step >= rows)
+
+  def _by_rows(self, matrix: _Matrix) -> bool:
+    """Whether rows of the file can be treated a few at a time.
+
+    Those of a quantized kernel are columns of ours, whose codes depend on each other only where
+    they are drawn with restored scales.
+    """
+    treatment = self._treatments[matrix.leaf]
+    if self._dtypes[matrix.leaf] is not None:
+      return True
+    assert isinstance(treatment, QuantizationConfig)
+    codebook = codebooks.get(treatment.codebook, treatment.block_size)
+    restored = treatment.double_quantization and codebook.scale != "absmax"
+    return matrix.leaf.endswith("/kernel") and not restored
+
+  def _read_rows(self, rows: _Rows) -> Any:
+    name = rows.matrix.name
+    if self._packed(name):
+      return bitsandbytes.read(self._tensors, name, rows.matrix.shape)
+    return self._tensors.rows(name, rows.start, rows.stop)
+
+  def _ahead(self, runs: Iterable[_Rows]) -> Generator[tuple[_Rows, Any]]:
+    """The runs with what was read of each, reading the next ones meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(1, "reader") as pool:
+      pending: collections.deque[tuple[_Rows, concurrent.futures.Future]] = collections.deque()
+      try:
+        for rows in runs:
+          pending.append((rows, pool.submit(self._read_rows, rows)))
+          if len(pending) > _READ_AHEAD:
+            rows, future = pending.popleft()
+            yield rows, future.result()
+            del future
+        while pending:
+          rows, future = pending.popleft()
+          yield rows, future.result()
+          del future
+      finally:
+        for _, future in pending:
+          future.cancel()
+
+  def _settle(self, in_flight: int) -> None:
+    """Waits until at most so many runs are under way, and refuses those that were out of range."""
+    while len(self._flags) > in_flight:
+      rows, good = self._flags.popleft()
+      if not bool(good):
+        self._refuse(rows)
+
+  def _refuse(self, rows: _Rows) -> None:
+    values = np.asarray(self._read_rows(rows), np.float32)
+    quantized = self._dtypes[rows.matrix.leaf] is None
+    bad = ~np.asarray(in_range(jnp.asarray(values))) if quantized else ~np.isfinite(values)
+    row, *rest = (int(i) for i in np.argwhere(bad)[0])
+    found = float(values[(row, *rest)])
+    rule = "is not finite" if not math.isfinite(found) else f"is {found}, beyond 2^106"
+    raise ValueError(
+      f"{self._tensors.where(rows.matrix.name)}: the value at index {[rows.start + row, *rest]} "
+      f"{rule}"
+    )
 
 
-def _treat(
-  w: jax.Array, treatment: Treatment, storage_dtype: DTypeLike | None, kernel: bool
-) -> Any:
-  if not jnp.issubdtype(w.dtype, jnp.floating):
-    raise TypeError(f"dtype {w.dtype}; a weight is of a float dtype")
-  # Before the transpose, so that the index is the file's.
-  if not bool(_all_finite(w)):
-    index = np.argwhere(~np.isfinite(np.asarray(w, np.float32)))[0]
-    raise ValueError(f"the value at index {index.tolist()} is not finite")
-  if kernel:
-    w = w.T
-  if isinstance(treatment, QuantizationConfig):
-    if w.ndim >= 2:
-      return quantize(w, **dataclasses.asdict(treatment))
-    treatment = None  # a bias beside a quantized kernel
-  dtype = storage_dtype if treatment is None else treatment
-  return w if dtype is None else w.astype(dtype)
+class _Stack:
+  """A leaf of the base that is being written."""
+
+  value: Any
+
+  def write(self, rows: _Rows, value: Any, flags: collections.deque) -> None:
+    """Writes a run of rows, and appends (rows, whether all values were good) to `flags`."""
+    raise NotImplementedError
 
 
-@jax.jit
-def _all_finite(w: jax.Array) -> jax.Array:
-  return jnp.isfinite(w).all()
+class _DenseStack(_Stack):
+  """Of plain arrays."""
+
+  def __init__(self, shape: tuple[int, ...], dtype: np.dtype, transposed: bool):
+    self.value = jnp.zeros(shape, dtype)
+    self._transposed = transposed
+
+  def write(self, rows, value, flags):
+    start = rows.matrix.index, rows.start
+    self.value, good = _write_dense(self.value, jnp.asarray(value), *start, self._transposed)
+    flags.append((rows, good))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
+def _write_dense(stack, rows, index, start, transposed):
+  good = jnp.isfinite(rows).all()
+  value = (rows.T if transposed else rows).astype(stack.dtype)
+  at = (0, start) if transposed else (start, *[0] * (value.ndim - 1))
+  return _put(stack, value, index, at), good
+
+
+def _put(stack: jax.Array, value: jax.Array, index: tuple, at: tuple) -> jax.Array:
+  """Writes `value` into the part of `stack` at `index`, from `at` on."""
+  value = value[(None,) * len(index)]
+  return jax.lax.dynamic_update_slice(stack, value, (*index, *at))
+
+
+class _QuantizedStack(_Stack):
+  """Of packed weights."""
+
+  def __init__(
+    self,
+    shape: tuple[int, ...],
+    config: QuantizationConfig,
+    transposed: bool,
+    leading: tuple[int, ...],
+  ):
+    like = jax.eval_shape(
+      lambda w: quantize(w, **dataclasses.asdict(config)), jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+    self.value = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    self._config = config
+    self._transposed = transposed
+    self._scales: jax.Array | None = None
+    self._whole = len(leading)
+
+  def write(self, rows, value, flags):
+    index = rows.matrix.index
+    value = jnp.asarray(value)
+    if rows.last and rows.start == 0:
+      self.value, good = _write_matrix(self.value, value, index, self._config, self._transposed)
+    elif not self._config.double_quantization:
+      self.value, good = _write_columns(self.value, value, index, rows.start, self._config)
+    else:
+      # The scales of a matrix are quantized together, once all are there.
+      if self._scales is None:
+        *_, blocks, n = self.value.scales.shape
+        self._scales = jnp.zeros((blocks, n), jnp.float32)
+      single = dataclasses.replace(self._config, double_quantization=False)
+      self.value, self._scales, good = _write_columns_beside(
+        self.value, self._scales, value, index, rows.start, single
+      )
+      if rows.last:
+        self.value = _write_scales(self.value, self._scales, index)
+    flags.append((rows, good))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _write_matrix(stack, rows, index, config, transposed):
+  good = in_range(rows).all()
+  one = quantize(rows.T if transposed else rows, **dataclasses.asdict(config))
+  return jax.tree.map(lambda s, x: _put(s, x, index, (0,) * x.ndim), stack, one), good
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
+def _write_columns(stack, rows, index, start, config):
+  good = in_range(rows).all()
+  one = quantize(rows.T, **dataclasses.asdict(config))
+  return _put_columns(stack, one, index, start), good
+
+
+def _put_columns(stack: Any, one: Any, index: tuple, start: Any) -> Any:
+  def put(stack, x):
+    # All have the weight's columns last, but the table.
+    return _put(stack, x, index, (0, start) if x.ndim == 2 else (0,))
+
+  return jax.tree.map(put, stack, one)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=5)
+def _write_columns_beside(stack, scales, rows, index, start, config):
+  """`_write_columns`, but for the scales, which go to an array of their own."""
+  good = in_range(rows).all()
+  one = quantize(rows.T, **dataclasses.asdict(config))
+  assert not isinstance(one.scales, NestedScales)
+  scales = _put(scales, one.scales, (), (0, start))
+  rest = _put_columns(
+    dataclasses.replace(stack, scales=None), dataclasses.replace(one, scales=None), index, start
+  )
+  return dataclasses.replace(rest, scales=stack.scales), scales, good
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(stack: Any, one: Any, layer: int) -> Any:
-  def write(stack, one):
-    return jax.lax.dynamic_update_index_in_dim(stack, one, layer, 0)
-
-  return jax.tree.map(write, stack, one)
-
-
-def save(
-  path: str | os.PathLike[str],
-  model: Transformer,
-  frozen: Any,
-  *,
-  dtype: DTypeLike = jnp.float32,
-) -> None:
-  """Writes a dense base as a Hugging Face directory, whole or not at all.
-
-  Args:
-    path: must not exist.
-    model: whose config is written.
-    frozen: plain arrays, as `lora.merge` returns them.
-    dtype: of the file.
-
-  Raises:
-    FileExistsError: there is something at `path`.
-    ValueError: a leaf that is packed, missing, of another shape than the model's, or that has no
-      name in the family's files.
-  """
-  with new_directory(path) as temporary:
-    _write_model(temporary, model, frozen, dtype)
+def _write_scales(stack, scales, index):
+  nested = nest_scales(scales, stack.scales.block_size)
+  put = jax.tree.map(lambda s, x: _put(s, x, index, (0,) * x.ndim), stack.scales, nested)
+  return dataclasses.replace(stack, scales=put)
 
 
-def _write_model(directory: Path, model: Transformer, frozen: Any, dtype: DTypeLike) -> None:
-  names = families.family(model.config.model_type).names
-  shapes = tree_paths.leaves(_shapes(model))
-  flat = tree_paths.leaves(frozen, is_leaf=is_quantized)
-  for leaf, like in shapes.items():
-    if leaf not in flat:
-      raise ValueError(f"{leaf}: missing; the model has it")
-    if flat[leaf].shape != like.shape:
-      raise ValueError(f"{leaf}: shape {flat[leaf].shape}; the model's is {like.shape}")
-  tensors = {}
-  for leaf, w in flat.items():
-    if leaf not in shapes or leaf not in names:
-      raise ValueError(f"{leaf}: a {model.config.model_type} file of this model has no name for it")
-    if is_quantized(w):
-      raise ValueError(f"{leaf}: packed; a dense base is written, as lora.merge returns it")
-    layers = range(w.shape[0]) if tree_paths.is_stacked(leaf) else (None,)
-    for layer in layers:
-      one = w if layer is None else w[layer]
-      one = np.asarray(one.astype(dtype))
-      if leaf.endswith("/kernel"):
-        one = one.T
-      # safetensors writes the memory as it lies.
-      tensors[names[leaf].format(layer=layer)] = np.ascontiguousarray(one)
-  write_json(directory / "config.json", families.hf_config(model.config, jnp.dtype(dtype).name))
-  safetensors.numpy.save_file(tensors, directory / _SINGLE, metadata={"format": "pt"})
+class _PackedStack(_Stack):
+  """Of weights that the file has packed."""
+
+  def __init__(self, leading: tuple[int, ...]):
+    self.value = None
+    self._leading = leading
+
+  def write(self, rows, value, flags):
+    del flags
+    if self.value is None:
+      self.value = jax.tree.map(lambda x: jnp.zeros((*self._leading, *x.shape), x.dtype), value)
+    try:
+      self.value = _write_packed(self.value, value, rows.matrix.index)
+    except ValueError as error:
+      # Unlike tree structures: the layers are packed in different ways.
+      raise ValueError(
+        f"{rows.matrix.name}: packed otherwise than the layers before it: {error}"
+      ) from None
 
 
-def save_merged(
-  path: str | os.PathLike[str],
-  model: Transformer,
-  frozen: Any,
-  params: Any,
-  constants: Any,
-  *,
-  dtype: DTypeLike = jnp.float32,
-) -> None:
-  """Writes the base with its adapters merged in, dense, rounded once to `dtype`.
-
-  Args:
-    path: must not exist.
-    model, frozen, params, constants: as `model.apply` takes them.
-    dtype: of the file.
-
-  Raises:
-    FileExistsError, ValueError: see `save` and `lora.merge`.
-  """
-  with new_directory(path) as temporary:
-    _write_model(temporary, model, lora.merge(frozen, params, constants), dtype)
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_packed(stack, one, index):
+  return jax.tree.map(lambda s, x: _put(s, x, index, (0,) * x.ndim), stack, one)

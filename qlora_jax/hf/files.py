@@ -1,6 +1,7 @@
 """Directories that are written whole or not at all, and the errors of those that are read."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -27,7 +28,12 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
   temporary.mkdir()
   try:
     yield temporary
-    os.rename(temporary, path)
+    try:
+      os.rename(temporary, path)
+    except OSError as error:
+      if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        raise FileExistsError(f"{path}: was made by another process meanwhile") from None
+      raise
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
     raise
@@ -51,3 +57,27 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: dict[str, Any]) -> None:
   """Writes `value`, indented."""
   path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# Of a model's directory: what goes with the weights, wherever they go.
+_TOKENIZER = (
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "chat_template.json",
+  "generation_config.json",
+)
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+  """Copies the tokenizer, chat templates and generation config of a model, those that it has."""
+  for name in _TOKENIZER:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, directory / name)
+  if (source / "additional_chat_templates").is_dir():
+    shutil.copytree(source / "additional_chat_templates", directory / "additional_chat_templates")

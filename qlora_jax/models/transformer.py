@@ -2,7 +2,8 @@
 
 B batch, T time, S cache slots, D model width, H heads, h head width, V vocabulary. What
 differs between families is data in TransformerConfig; how their files name things stands in
-`families`.
+`families`. Layers that differ from each other (sliding windows, rotary bases) do so by data
+that the scan reads: a model of 60 layers lowers to the same program as one of 12.
 """
 
 import dataclasses
@@ -14,32 +15,54 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qlora_jax.linen import QDense, plain_weight
+from qlora_jax.linen import Embed, QDense, TiedHead, plain_weight
 from qlora_jax.models.attention import attend
+from qlora_jax.models.mlp import ACTIVATIONS, MLP, Experts
+from qlora_jax.models.rope import Rope, rotate
 
 RematPolicy = Literal["none", "full"]
 
-# The KV cache: {"k", "v": [L, B, S, Hkv, h], "segment_ids": [B, S], "index": []}.
+# The KV cache: {"k", "v": [L, B, S, Hkv, h], "segment_ids", "positions": [B, S], "index": []}.
 Cache = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Llama 3.1's stretching of rotary frequencies for contexts past the original one.
+class LayerKind:
+  """In what the layers of one model may differ.
 
-  Wavelengths below original / high_freq_factor stay, those above original / low_freq_factor
-  are multiplied by `factor`, with a ramp between.
+  Attributes:
+    window: a token sees itself and the `window` − 1 before it; None for all before it.
+    rope: its rotary positions; None for none.
   """
 
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_max_position_embeddings: int
+  window: int | None = None
+  rope: Rope | None = dataclasses.field(default_factory=Rope)
+
+  def __post_init__(self):
+    if self.window is not None and self.window < 1:
+      raise ValueError(f"window: {self.window}; a token sees at least itself")
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-  """The architecture, in the terms of Hugging Face's config.json."""
+  """The architecture, in the terms of Hugging Face's config.json.
+
+  Attributes:
+    layer_pattern: the kinds of the layers, repeated until there are `num_layers`.
+    attention_bias, output_bias, mlp_bias: biases of q, k and v; of o; of the MLP.
+    fused_projections: q, k and v are one projection `qkv`, gate and up one `gate_up`.
+    qk_norm: RMS norms of queries and keys: of each head, or over all heads ("full").
+    query_scale: what q · k is multiplied by; None for 1 / √h.
+    pre_norms, post_norms: norms of what enters attention and MLP, and of what leaves them.
+    unit_offset: norms multiply by 1 + scale.
+    embedding_scale: what the looked-up embeddings are multiplied by.
+    attention_softcap, final_softcap: c · tanh(logits / c).
+    num_experts: 0 for one dense MLP; else `intermediate_size` is that of an expert.
+    experts_per_token: of those, how many a token goes through.
+    normalize_experts: whether a token's weights of its experts are made to sum to 1.
+    hf_json: the config.json that this was read from, which `hf` writes again.
+    hf_directory: where that lies, with the tokenizer that `hf` copies.
+  """
 
   vocab_size: int
   hidden_size: int
@@ -49,52 +72,77 @@ class TransformerConfig:
   num_kv_heads: int
   head_dim: int
   norm_eps: float = 1e-5
-  rope_theta: float = 10000.0
-  rope_scaling: RopeScaling | None = None
+  layer_pattern: tuple[LayerKind, ...] = (LayerKind(),)
   tie_embeddings: bool = False
   max_position_embeddings: int = 2048
+  activation: str = "silu"
   attention_bias: bool = False
+  output_bias: bool = False
   mlp_bias: bool = False
+  fused_projections: bool = False
+  qk_norm: Literal["head", "full"] | None = None
+  query_scale: float | None = None
+  pre_norms: bool = True
+  post_norms: bool = False
+  unit_offset: bool = False
+  embedding_scale: float | None = None
+  attention_softcap: float | None = None
+  final_softcap: float | None = None
+  num_experts: int = 0
+  experts_per_token: int = 0
+  normalize_experts: bool = True
   model_type: str = "llama"
+  hf_json: str | None = dataclasses.field(default=None, compare=False, repr=False)
+  hf_directory: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
   def __post_init__(self):
+    experts = ("num_experts", "experts_per_token")
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.type in (int, "int") and value < 1:
-        raise ValueError(f"{field.name}: {value}; at least 1")
+      least = 0 if field.name in experts else 1
+      if field.type in (int, "int") and value < least:
+        raise ValueError(f"{field.name}: {value}; at least {least}")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_kv_heads: {self.num_kv_heads}; divides num_heads, which is {self.num_heads}"
       )
     if self.head_dim % 2:
       raise ValueError(f"head_dim: {self.head_dim}; rotary embeddings rotate pairs, so it is even")
+    if self.activation not in ACTIVATIONS:
+      raise ValueError(f"activation: {self.activation!r}; one of {', '.join(ACTIVATIONS)}")
+    if not self.layer_pattern:
+      raise ValueError("layer_pattern: empty; at least one kind of layer")
+    if bool(self.num_experts) != bool(self.experts_per_token):
+      raise ValueError(
+        f"num_experts: {self.num_experts} with experts_per_token: {self.experts_per_token}; both "
+        "are 0, or neither"
+      )
+    if self.experts_per_token > self.num_experts:
+      raise ValueError(
+        f"experts_per_token: {self.experts_per_token}; at most num_experts, {self.num_experts}"
+      )
+    widths = {kind.rope.width or self.head_dim for kind in self.layer_pattern if kind.rope}
+    if len(widths) > 1 or max(widths, default=0) > self.head_dim:
+      raise ValueError(
+        f"layer_pattern: rotary widths {sorted(widths)}; one for all layers, at most head_dim, "
+        f"which is {self.head_dim}"
+      )
 
+  @property
+  def kinds(self) -> tuple[LayerKind, ...]:
+    """The distinct kinds of layers."""
+    return tuple(dict.fromkeys(self.layer_pattern[: self.num_layers]))
 
-def rotary_frequencies(config: TransformerConfig) -> np.ndarray:
-  """`[h / 2]` float32 radians a position."""
-  exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-  frequencies = 1.0 / np.float32(config.rope_theta) ** exponents
-  scaling = config.rope_scaling
-  if scaling is None:
-    return frequencies.astype(np.float32)
-  wavelengths = 2 * np.pi / frequencies
-  original = scaling.original_max_position_embeddings
-  ramp = (original / wavelengths - scaling.low_freq_factor) / (
-    scaling.high_freq_factor - scaling.low_freq_factor
-  )
-  ramp = np.clip(ramp, 0, 1)
-  return ((1 - ramp) * frequencies / scaling.factor + ramp * frequencies).astype(np.float32)
+  @property
+  def kind_of_layer(self) -> tuple[int, ...]:
+    """The index in `kinds` of each layer."""
+    pattern = self.layer_pattern
+    return tuple(self.kinds.index(pattern[i % len(pattern)]) for i in range(self.num_layers))
 
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotary embedding of `[B, T, H, h]` by `[B, T, h / 2]` cosines and sines, in float32.
-
-  Pairs lie half a head apart (Hugging Face's order, not the original interleaved one).
-  """
-  cos, sin = cos[:, :, None], sin[:, :, None]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return rotated.astype(x.dtype)
+  @property
+  def rotates_cached_keys(self) -> bool:
+    """Whether keys are cached as they are before rotation, since a longer call turns them anew."""
+    return any(kind.rope is not None and kind.rope.depends_on_length for kind in self.kinds)
 
 
 def restarting_positions(segment_ids: jax.Array) -> jax.Array:
@@ -106,18 +154,22 @@ def restarting_positions(segment_ids: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-  """x / √(mean(x²) + eps) · scale; the statistics in float32."""
+  """x / √(mean(x²) + eps) · (offset + scale), in float32, rounded once."""
 
   eps: float
   dtype: DTypeLike
+  offset: float = 0.0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    scale = plain_weight(self, "scale", nn.initializers.ones_init(), x.shape[-1:])
+    init = nn.initializers.constant(1 - self.offset)
+    scale = plain_weight(self, "scale", init, x.shape[-1:]).astype(jnp.float32)
+    if self.offset:
+      scale = scale + np.float32(self.offset)
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
-    scale = jax.lax.broadcast_in_dim(scale.astype(self.dtype), x.shape, (x.ndim - 1,))
-    return x.astype(self.dtype) * scale
+    scale = jax.lax.broadcast_in_dim(scale, x.shape, (x.ndim - 1,))
+    return (x * scale).astype(self.dtype)
 
 
 class Attention(nn.Module):
@@ -131,94 +183,107 @@ class Attention(nn.Module):
   def __call__(self, x, rotary, mask, cache):
     config = self.config
 
-    def project(name: str, features: int) -> QDense:
+    def project(name: str, features: int, x: jax.Array, use_bias: bool) -> jax.Array:
       return QDense(
         features,
-        use_bias=config.attention_bias,
+        use_bias=use_bias,
         dtype=self.dtype,
         implementation=self.implementation,
         name=name,
-      )
+      )(x)
 
-    def heads(name: str, count: int) -> jax.Array:
-      y = project(name, count * config.head_dim)(x)
-      return y.reshape(*y.shape[:-1], count, config.head_dim)
+    def norm(name: str, x: jax.Array) -> jax.Array:
+      offset = float(config.unit_offset)
+      return RMSNorm(config.norm_eps, self.dtype, offset, name=f"{name}_norm")(x)
 
-    q = rotate(heads("q", config.num_heads), *rotary)
-    k = rotate(heads("k", config.num_kv_heads), *rotary)
-    v = heads("v", config.num_kv_heads)
+    counts = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    widths = {name: count * config.head_dim for name, count in counts.items()}
+    if config.fused_projections:
+      q, k, _ = widths.values()
+      fused = project("qkv", sum(widths.values()), x, config.attention_bias)
+      flat = dict(zip(widths, jnp.split(fused, [q, q + k], axis=-1), strict=True))
+    else:
+      flat = {name: project(name, widths[name], x, config.attention_bias) for name in widths}
+    if config.qk_norm == "full":
+      flat |= {name: norm(name, flat[name]) for name in ("q", "k")}
+    heads = {
+      name: y.reshape(*y.shape[:-1], counts[name], config.head_dim) for name, y in flat.items()
+    }
+    if config.qk_norm == "head":
+      heads |= {name: norm(name, heads[name]) for name in ("q", "k")}
+    q, k, v = heads.values()
+
+    if rotary is not None:
+      q = rotate(q, *rotary["q"])
+      if not config.rotates_cached_keys:
+        k = rotate(k, *rotary["k"])
     if cache is not None:
       start = (0, cache["index"], 0, 0)
       k = jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), start)
       v = jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), start)
       cache = {"k": k, "v": v}
-    y = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask)
-    y = y.reshape(*y.shape[:-2], config.num_heads * config.head_dim)
-    return project("o", config.hidden_size)(y), cache
-
-
-class MLP(nn.Module):
-  """SwiGLU: down(silu(gate(x)) · up(x))."""
-
-  config: TransformerConfig
-  dtype: DTypeLike
-  implementation: str | None
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    def project(name: str, features: int) -> QDense:
-      return QDense(
-        features,
-        use_bias=self.config.mlp_bias,
-        dtype=self.dtype,
-        implementation=self.implementation,
-        name=name,
-      )
-
-    width = self.config.intermediate_size
-    hidden = jax.nn.silu(project("gate", width)(x)) * project("up", width)(x)
-    return project("down", self.config.hidden_size)(hidden)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    if rotary is not None and config.rotates_cached_keys:
+      k = rotate(k, *rotary["k"])
+    y = attend(q, k, v, mask, scale=config.query_scale, softcap=config.attention_softcap)
+    y = y.reshape(*y.shape[:-2], widths["q"])
+    return project("o", config.hidden_size, y, config.output_bias), cache
 
 
 class Block(nn.Module):
-  """One decoder layer, in the form that `nn.scan` wants: carry, then what is shared."""
+  """One decoder layer, in the form that `nn.scan` wants: carry, what is shared, what is its own."""
 
   config: TransformerConfig
   dtype: DTypeLike
   implementation: str | None
 
   @nn.compact
-  def __call__(self, x, rotary, mask, index, cache):
-    def norm(name: str) -> RMSNorm:
-      return RMSNorm(self.config.norm_eps, self.dtype, name=name)
+  def __call__(self, x, rotary, mask, index, kind, cache):
+    config = self.config
 
+    def norm(name: str, wanted: bool, x: jax.Array) -> jax.Array:
+      if not wanted:
+        return x
+      return RMSNorm(config.norm_eps, self.dtype, float(config.unit_offset), name=name)(x)
+
+    if kind is not None:
+      rotary, mask = jax.tree.map(
+        lambda each: jax.lax.dynamic_index_in_dim(each, kind, 0, keepdims=False), (rotary, mask)
+      )
     if cache is not None:
       cache = {**cache, "index": index}
-    y, cache = Attention(self.config, self.dtype, self.implementation, name="attn")(
-      norm("attn_norm")(x), rotary, mask, cache
+    y = norm("attn_norm", config.pre_norms, x)
+    y, cache = Attention(config, self.dtype, self.implementation, name="attn")(
+      y, rotary, mask, cache
     )
-    x = x + y
-    y = MLP(self.config, self.dtype, self.implementation, name="mlp")(norm("mlp_norm")(x))
-    return x + y, cache
+    x = x + norm("attn_post_norm", config.post_norms, y)
+    y = self._mlp(norm("mlp_norm", config.pre_norms, x))
+    return x + norm("mlp_post_norm", config.post_norms, y), cache
 
-
-class Embed(nn.Module):
-  """The token table `[V, D]`, looked up, or multiplied by where it is tied to the head."""
-
-  vocab_size: int
-  features: int
-  dtype: DTypeLike
-
-  def setup(self):
-    shape = (self.vocab_size, self.features)
-    self.embedding = plain_weight(self, "embedding", nn.initializers.normal(0.02), shape)
-
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
-
-  def attend(self, x: jax.Array) -> jax.Array:
-    table = self.embedding.astype(self.dtype)
-    return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+  def _mlp(self, x: jax.Array) -> jax.Array:
+    config = self.config
+    if not config.num_experts:
+      return MLP(
+        config.intermediate_size,
+        config.activation,
+        config.mlp_bias,
+        config.fused_projections,
+        self.dtype,
+        self.implementation,
+        name="mlp",
+      )(x)
+    # Not below "mlp", where the patterns of projections would take it in: it stays in 16 bits.
+    router = QDense(config.num_experts, dtype=self.dtype, output_dtype=jnp.float32, name="router")
+    return Experts(
+      config.num_experts,
+      config.experts_per_token,
+      config.intermediate_size,
+      config.normalize_experts,
+      config.activation,
+      self.dtype,
+      self.implementation,
+      name="mlp",
+    )(x, router(x))
 
 
 class Transformer(nn.Module):
@@ -229,8 +294,7 @@ class Transformer(nn.Module):
 
   Attributes:
     config: the architecture.
-    dtype: of activations and of the products' operands. Norms' statistics, softmax and logits
-      are float32.
+    dtype: of activations and of the products' operands. Norms, softmax and logits are float32.
     remat: "none" keeps a layer's activations for the backward pass; "full" keeps its input
       alone and computes the layer again.
     implementation: of `quantized_matmul`.
@@ -245,18 +309,23 @@ class Transformer(nn.Module):
     config = self.config
     if self.remat not in ("none", "full"):
       raise ValueError(f"remat: {self.remat!r}; one of none, full")
-    self.embed = Embed(config.vocab_size, config.hidden_size, self.dtype)
+    self.embed = Embed(
+      config.vocab_size, config.hidden_size, self.dtype, scale=config.embedding_scale
+    )
     # A scan already keeps XLA from merging a layer's two computations.
     block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
+    shared = nn.broadcast
     self.layers = nn.scan(
       block,
       variable_axes={"params": 0, "frozen": 0, "constants": 0},
       split_rngs={"params": True, "dropout": True},
-      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+      in_axes=(shared, shared, shared, 0, 0),  # pyright: ignore[reportArgumentType]
       length=config.num_layers,
     )(config, self.dtype, self.implementation)
-    self.final_norm = RMSNorm(config.norm_eps, self.dtype)
-    if not config.tie_embeddings:
+    self.final_norm = RMSNorm(config.norm_eps, self.dtype, float(config.unit_offset))
+    if config.tie_embeddings:
+      self.head: Any = TiedHead(self.dtype)
+    else:
       self.head = QDense(
         config.vocab_size,
         dtype=self.dtype,
@@ -272,7 +341,7 @@ class Transformer(nn.Module):
       segment_ids: `[B, T]`; a token sees those before it with the same id. 0 is padding, left
         or right. All 1 where absent.
       positions: `[B, T]`; where absent they count from 0 in each segment (with a cache: from
-        the tokens of the segment that are in it).
+        the tokens of the segment that are in it). Sliding windows are of positions.
       cache: from `init_cache`, or an earlier call; the new keys are written behind the old.
 
     Returns:
@@ -285,48 +354,99 @@ class Transformer(nn.Module):
 
   def hidden(self, tokens, segment_ids=None, positions=None, cache=None) -> Any:
     """`[B, T, D]` after the last norm, for a loss that takes the head in chunks."""
-    mask, index, layers_cache, slots = None, None, None, None
-    if cache is not None:
-      if segment_ids is None:
-        segment_ids = jnp.ones(tokens.shape, jnp.int32)
-      index = cache["index"]
-      slots = jax.lax.dynamic_update_slice(
-        cache["segment_ids"], segment_ids.astype(jnp.int32), (0, index)
-      )
-      # Slots behind the newest token are empty or its future.
-      slot = jax.lax.broadcasted_iota(jnp.int32, (tokens.shape[1], slots.shape[1]), 1)
-      own = index + jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0)
-      same = segment_ids[:, :, None] == slots[:, None, :]
-      if positions is None:
-        positions = (same & (slot < own)[None]).sum(-1, dtype=jnp.int32)
-      mask = same & (slot <= own)[None]
-      layers_cache = {"k": cache["k"], "v": cache["v"]}
-    elif segment_ids is not None:
+    if cache is None:
+      positions, keys, seen = self._positions(tokens, segment_ids, positions)
+    else:
+      positions, keys, seen = self._cached_positions(tokens, segment_ids, positions, cache)
+    rotary, mask = self._by_kind(positions, keys["positions"], seen)
+    kind = None
+    if len(self.config.kinds) > 1:
+      kind = jnp.asarray(self.config.kind_of_layer, jnp.int32)
+
+    x: Any
+    written: Any
+    index = None if cache is None else cache["index"]
+    layers_cache = None if cache is None else {"k": cache["k"], "v": cache["v"]}
+    x, written = self.layers(self.embed(tokens), rotary, mask, index, kind, layers_cache)
+    x = self.final_norm(x)
+    if cache is None:
+      return x
+    return x, {**written, **keys, "index": cache["index"] + tokens.shape[1]}
+
+  def _positions(self, tokens, segment_ids, positions):
+    """Positions of queries, those of keys, and which keys each query may see.
+
+    Returns:
+      `[B, T]` int32; {"positions": `[B, S]`, …}; `[B, T, S]` bool, None for all before it.
+    """
+    seen = None
+    if segment_ids is not None:
       if positions is None:
         positions = restarting_positions(segment_ids)
       causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
       # Padding sees padding, so that no row of the softmax is empty.
-      mask = (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal[None]
+      seen = (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal[None]
     elif positions is None:
-      positions = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, 1)
-    frequencies = jnp.asarray(rotary_frequencies(self.config))
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
-    rotary = (jnp.cos(angles), jnp.sin(angles))
+      # Of one row: the rows are alike, and the masks of windows need not be made for each.
+      positions = jax.lax.broadcasted_iota(jnp.int32, (1, tokens.shape[1]), 1)
+    return positions, {"positions": positions}, seen
 
-    x: Any
-    written: Any
-    x, written = self.layers(self.embed(tokens), rotary, mask, index, layers_cache)
-    x = self.final_norm(x)
-    if cache is None:
-      return x
-    index = cache["index"] + tokens.shape[1]
-    return x, {"k": written["k"], "v": written["v"], "segment_ids": slots, "index": index}
+  def _cached_positions(self, tokens, segment_ids, positions, cache):
+    """As `_positions`, the keys being those of the cache with the new ones in their slots."""
+    if segment_ids is None:
+      segment_ids = jnp.ones(tokens.shape, jnp.int32)
+    index = cache["index"]
+
+    def write(name: str, values: jax.Array) -> jax.Array:
+      return jax.lax.dynamic_update_slice(cache[name], values.astype(jnp.int32), (0, index))
+
+    slots = write("segment_ids", segment_ids)
+    # Slots behind the newest token are empty or its future.
+    slot = jax.lax.broadcasted_iota(jnp.int32, (tokens.shape[1], slots.shape[1]), 1)
+    own = index + jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0)
+    same = segment_ids[:, :, None] == slots[:, None, :]
+    if positions is None:
+      positions = (same & (slot < own)[None]).sum(-1, dtype=jnp.int32)
+    positions = jnp.broadcast_to(positions, tokens.shape)
+    keys = {"segment_ids": slots, "positions": write("positions", positions)}
+    return positions, keys, same & (slot <= own)[None]
+
+  def _by_kind(self, positions, key_positions, seen):
+    """The rotary angles and the mask of each kind of layer, stacked where there are several."""
+    config = self.config
+    length = key_positions.max() + 1
+    turned = {"q": positions, "k": key_positions if config.rotates_cached_keys else positions}
+    width = next((kind.rope.width for kind in config.kinds if kind.rope), None) or config.head_dim
+
+    def angles(kind: LayerKind, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+      if kind.rope is not None:
+        return kind.rope.angles(positions, config.head_dim, length)
+      shape = (*positions.shape, width // 2)
+      return jnp.ones(shape), jnp.zeros(shape)
+
+    def mask(kind: LayerKind) -> Any:
+      if kind.window is None:
+        return seen
+      distance = positions[:, :, None] - key_positions[:, None, :]
+      return seen & (distance < kind.window)
+
+    kinds = list(config.kinds)
+    if seen is None and (len(kinds) > 1 or kinds[0].window is not None):
+      seen = jnp.tril(jnp.ones((positions.shape[1], key_positions.shape[1]), bool))[None]
+    rotary = [{name: angles(kind, each) for name, each in turned.items()} for kind in kinds]
+    masks = [mask(kind) for kind in kinds]
+    if len(kinds) == 1:
+      return (rotary[0] if kinds[0].rope else None), masks[0]
+    return jax.tree.map(lambda *each: jnp.stack(each), *rotary), jnp.stack(masks)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """`[..., D] → [..., V]` float32: the head."""
     if self.config.tie_embeddings:
-      return self.embed.attend(hidden)
-    return self.head(hidden)
+      logits = self.head(hidden, self.embed.embedding)
+    else:
+      logits = self.head(hidden)
+    cap = self.config.final_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def init_cache(
@@ -338,5 +458,6 @@ def init_cache(
     "k": jnp.zeros(shape, dtype),
     "v": jnp.zeros(shape, dtype),
     "segment_ids": jnp.zeros((batch_size, length), jnp.int32),
+    "positions": jnp.zeros((batch_size, length), jnp.int32),
     "index": jnp.zeros((), jnp.int32),
   }

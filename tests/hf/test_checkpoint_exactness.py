@@ -9,7 +9,6 @@ import pytest
 import safetensors.numpy
 
 from qlora_jax import QuantizationConfig, hf
-from qlora_jax.hf import checkpoint
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 
 TIED = TransformerConfig(
@@ -29,7 +28,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 def saved(tmp_path):
   model = Transformer(TIED, dtype=jnp.float32)
   frozen = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
-  checkpoint.save(tmp_path / "model", model, frozen)
+  hf.save(tmp_path / "model", model, frozen)
   return tmp_path / "model"
 
 

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from qlora_jax import QuantizationConfig, hf, lora, quantize_tree, tree_paths
-from qlora_jax.hf import checkpoint, peft
+from qlora_jax.hf import checkpoint, peft, peft_reading
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import families
 from qlora_jax.models.transformer import Transformer, TransformerConfig
@@ -202,13 +202,34 @@ def test_an_adapter_is_read_beside_a_packed_base(tmp_path, frozen):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_files_of_16_bits_become_float32(tmp_path, frozen, dtype):
+def test_files_of_16_bits_stay_so(tmp_path, frozen, dtype):
   cfg = CASES["default"]
   params, constants = adapter(frozen, cfg)
   hf.save_adapter(tmp_path / "adapter", params, constants, cfg)
   edit(tmp_path / "adapter", lambda t: {key: x.astype(jnp.dtype(dtype)) for key, x in t.items()})
-  again, _, _ = hf.load_adapter(tmp_path / "adapter", frozen)
-  assert_same(again, jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params))
+  packed = quantize_tree(frozen, checkpoint.default_rules(QuantizationConfig(block_size=16)))
+  again, fixed, read_cfg = hf.load_adapter(tmp_path / "adapter", packed)
+  assert_same(again, jax.tree.map(lambda x: x.astype(dtype), params))
+  assert_same(fixed, constants)
+  tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, CONFIG.vocab_size)
+  # They are computed with as they are.
+  for tree in (again, jax.tree.map(lambda x: x.astype(jnp.float32), again)):
+    logits: Any = MODEL.apply({"params": tree, "constants": fixed, "frozen": packed}, tokens)
+    assert logits.dtype == jnp.float32
+  # And written as they are.
+  hf.save_adapter(tmp_path / "again", again, fixed, read_cfg)
+  _, tensors = read(tmp_path / "again")
+  assert {x.dtype for x in tensors.values()} == {jnp.dtype(dtype)}
+  assert_same(hf.load_adapter(tmp_path / "again", packed)[0], again)
+
+
+def test_mixed_dtypes_in_a_stack_take_float32(saved, frozen):
+  before, _, _ = hf.load_adapter(saved, frozen)
+  edit(saved, replaced(f"{UP}_A.weight", lambda x: x.astype(jnp.bfloat16)))
+  after, _, _ = hf.load_adapter(saved, frozen)
+  up = before["layers"]["mlp"]["up"]
+  up["lora_a"] = up["lora_a"].at[1].set(up["lora_a"][1].astype(jnp.bfloat16).astype(jnp.float32))
+  assert_same(before, after)
 
 
 def test_patterns_are_matched_as_peft_does_it():
@@ -223,7 +244,7 @@ def test_patterns_are_matched_as_peft_does_it():
     "model.layers.1.mlp.up_proj": (8, 16.0),
     "model.layers.1.mlp.down": (8, 16.0),  # "own" must follow a dot
   }
-  assert {module: peft._declared(raw, module) for module in declared} == declared
+  assert {module: peft_reading._declared(raw, module) for module in declared} == declared
 
 
 @pytest.fixture
@@ -265,18 +286,37 @@ def test_fields_that_change_nothing_are_accepted(saved, frozen):
   ("fields", "message"),
   [
     ({"peft_type": "IA3"}, "peft_type: 'IA3' is not supported; 'LORA' is"),
-    ({"use_dora": True}, "use_dora: True is not supported"),
-    ({"bias": "lora_only"}, "bias: 'lora_only' is not supported"),
+    ({"use_dora": True}, r"down_proj: magnitude is missing"),
+    ({"lora_bias": True}, r"down_proj: lora_B\.bias is missing"),
+    ({"bias": "some"}, "bias: 'some' is not supported; none, all, lora_only are"),
     ({"fan_in_fan_out": True}, "fan_in_fan_out: True is not supported"),
-    ({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\] is not supported"),
+    ({"modules_to_save": ["lm_head"]}, "holds no tensor of lm_head, which modules_to_save"),
+    (
+      {"target_parameters": ["experts.up"]},
+      r"target_parameters: \['experts.up'\] is not supported",
+    ),
+    ({"trainable_token_indices": [3]}, r"trainable_token_indices: \[3\] is not supported"),
     ({"layer_replication": [[0, 2]]}, r"layer_replication: .* is not supported"),
     # These also change the base.
-    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4' is not supp"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' is not supported"),
+    (
+      {"init_lora_weights": "pissa_niter_4"},
+      "init_lora_weights: 'pissa_niter_4' is not supported: it changed the base .*; PEFT's save_",
+    ),
+    ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' is not supported: it changed"),
+    ({"init_lora_weights": "corda"}, "init_lora_weights: 'corda' is not supported: it changed"),
+    ({"init_lora_weights": "loftq"}, "'loftq' is not supported: it changed .*; merge it with PEFT"),
+    ({"init_lora_weights": "newstart"}, "init_lora_weights: 'newstart' is not supported"),
     # Kinds that came after this was written.
     ({"use_newlora": True}, "use_newlora: True is not supported"),
     ({"r": None}, "r: None; a number is wanted"),
     ({"lora_alpha": "16"}, "lora_alpha: '16'; a number is wanted"),
+    ({"rank_pattern": {"up(": 2}}, r"rank_pattern: 'up\(' is no regular expression \(missing \)"),
+    ({"alpha_pattern": {"[": 2}}, r"alpha_pattern: '\[' is no regular expression"),
+    ({"alpha_pattern": {"up_proj": "2"}}, "alpha_pattern: 'up_proj': '2'; a number is wanted"),
+    ({"target_modules": "(q_proj"}, r"target_modules: '\(q_proj' is no regular expression"),
+    # Of the targets one matches nothing; PEFT is silent if others do.
+    ({"target_modules": ["q_proj", "w1"]}, "target_modules: 'w1' matches no layer of the base"),
+    ({"lora_alpha": -1}, "alpha: -1.0; an alpha is above 0"),
     ({"r": 5}, "model.layers.0.mlp.down_proj: rank 4; adapter_config.json says 5"),
     ({"rank_pattern": {"layers.1.mlp.up_proj": 2}}, r"layers\.1\.mlp\.up_proj: rank 4; .* says 2"),
   ],
@@ -305,8 +345,9 @@ def replaced(key, change):
   [
     (renamed("layers.1.", "layers.7."), r"layers\.7\.mlp.*lora_A\.weight: the base has no such"),
     (renamed("up_proj", "w1"), r"mlp\.w1\.lora_A\.weight: the base has no such layer"),
-    (renamed("lora_A.weight", "lora_E"), r"lora_E: not a LoRA matrix"),
-    (renamed("base_model.model.", ""), "not a LoRA matrix; only lora_A and lora_B are supported"),
+    (renamed("lora_A.weight", "lora_E"), r"lora_E: not a tensor of a LoRA adapter"),
+    (renamed("base_model.model.", ""), "lora_A.weight: not a tensor of a LoRA adapter"),
+    (renamed("mlp.up_proj.lora_A.weight", "mlp.up_proj.lora_embedding_A"), "not an embedding"),
     (without(f"{UP}_A.weight"), r"layers\.1\.mlp\.up_proj: lora_A is missing"),
     (without(f"{UP}_B.weight"), r"layers\.1\.mlp\.up_proj: lora_B is missing"),
     (
@@ -319,9 +360,30 @@ def replaced(key, change):
     (replaced(f"{UP}_A.weight", lambda x: x[0]), r"up_proj: lora_A \[32\], lora_B"),
     (
       replaced(f"{UP}_A.weight", lambda x: x * np.nan),
-      r"up_proj: lora_A holds a value",
+      r"up_proj\.lora_A\.weight: holds a value that is not finite",
     ),
-    (lambda t: {}, "holds no tensor"),
+    (lambda t: {}, "holds no LoRA matrix"),
+    (
+      lambda t: {**t, f"{UP}_B.bias": np.zeros(48, np.float32)},
+      "has a lora_B.bias; adapter_config",
+    ),
+    (
+      lambda t: {**t, f"{UP}_magnitude_vector": np.zeros(48, np.float32)},
+      "up_proj: has a magnitude; adapter_config.json: use_dora says that there is none",
+    ),
+    (
+      lambda t: {**t, "base_model.model.model.norm.weight": np.zeros(31, np.float32)},
+      r"model\.norm\.weight: shape \[31\]; the base asks for \[32\]",
+    ),
+    (
+      lambda t: {**t, "base_model.model.model.other.weight": np.zeros(32, np.float32)},
+      r"model\.other\.weight: the base has no such tensor",
+    ),
+    (
+      lambda t: {key: x for key, x in t.items() if "layers.2.mlp.up" not in key},
+      # In adapter_config.json it says which; half a file is not read as a whole one.
+      r"holds no tensor of model\.layers\.2\.mlp\.up_proj, which target_modules",
+    ),
   ],
 )
 def test_tensors_that_do_not_fit_are_named(saved, frozen, change, message):
@@ -385,17 +447,57 @@ def test_what_peft_cannot_express_is_refused(tmp_path, frozen):
   params, constants = adapter(frozen, cfg)
   q = params["layers"]["attn"]["q"]
   fixed_q = constants["layers"]["attn"]["q"]
-  flat = tree_paths.leaves(constants)
+  flat, fixed_flat = tree_paths.leaves(params), tree_paths.leaves(constants)
+
+  def with_leaves(**leaves):
+    return tree_paths.nest({**flat, **{k.replace("__", "/"): x for k, x in leaves.items()}})
+
+  def of_all(name):
+    return {
+      leaf.replace("lora_b", name): x[..., 0, :]
+      for leaf, x in flat.items()
+      if leaf.endswith("/lora_b")
+    }
+
+  trials = {
+    leaf: jnp.stack([x, x], 1) if leaf.endswith("/scaling") else x for leaf, x in fixed_flat.items()
+  }
+  magnitude = jnp.ones((3, 32))
   cases = [
     ({}, constants, "params is empty; there is no adapter to write"),
-    ({**params, "final_norm": frozen["final_norm"]}, constants, "final_norm/scale: trained in ful"),
-    ({"own": {"q": q}}, {"own": {"q": fixed_q}}, "own/q: the files of no known family have a name"),
+    ({"final_norm": frozen["final_norm"]}, constants, "params has no LoRA matrix"),
+    ({"own": {"q": q}}, {"own": {"q": fixed_q}}, "own/q/kernel: the files of no known family have"),
     ({"layers": {"attn": {"q": {"lora_a": q["lora_a"]}}}}, constants, "attn/q/lora_b: missing"),
+    (
+      with_leaves(layers__attn__q__magnitude=magnitude),
+      constants,
+      "/magnitude: missing, and other",
+    ),
+    (
+      with_leaves(layers__attn__q__lora_bias=magnitude),
+      constants,
+      "/lora_bias: missing, and other",
+    ),
+    (
+      tree_paths.nest({**flat, **of_all("magnitude"), **of_all("lora_bias")}),
+      constants,
+      "lora_bias: beside DoRA's magnitude; PEFT has no adapter with both",
+    ),
+    (
+      with_leaves(layers__attn__q__kernel=frozen["layers"]["attn"]["q"]["kernel"]),
+      constants,
+      "layers/attn/q/kernel: trained in full, and has an adapter",
+    ),
     (params, {}, "/rank: missing; pass the constants that lora.init returned"),
     (
       params,
-      tree_paths.nest({k: x for k, x in flat.items() if not k.endswith("/scaling")}),
+      tree_paths.nest({k: x for k, x in fixed_flat.items() if not k.endswith("/scaling")}),
       "/scaling: missing; pass the constants that lora.init returned",
+    ),
+    (
+      params,
+      tree_paths.nest(trials),
+      r"lora_a \[3, 32, 4\] with scaling \[3, 2\]: several trials; slice one out",
     ),
   ]
   for tree, fixed, message in cases:
@@ -410,7 +512,7 @@ def test_peft_computes_the_same(tmp_path, frozen, cfg):
   transformers = pytest.importorskip("transformers")
   theirs = pytest.importorskip("peft")
   params, constants = adapter(frozen, cfg)
-  checkpoint.save(tmp_path / "base", MODEL, frozen)
+  hf.save(tmp_path / "base", MODEL, frozen)
   hf.save_adapter(tmp_path / "adapter", params, constants, cfg)
   base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
   model = theirs.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -426,7 +528,6 @@ def test_peft_computes_the_same(tmp_path, frozen, cfg):
   ours: Any = MODEL.apply({"params": params, "constants": constants, "frozen": frozen}, tokens)
   with torch.no_grad():
     expected = model(torch.from_numpy(np.array(tokens, np.int64))).logits.numpy()
-  print("DEV", np.abs(np.asarray(ours) - expected).max(), np.abs(expected).max())
   np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
   # And back: what PEFT writes of it is read to the same adapter.

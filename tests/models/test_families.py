@@ -5,7 +5,8 @@ import pytest
 import safetensors
 
 from qlora_jax.models import families
-from qlora_jax.models.transformer import RopeScaling, TransformerConfig
+from qlora_jax.models.rope import Linear, Llama3, Rope, Yarn
+from qlora_jax.models.transformer import LayerKind, TransformerConfig
 
 LLAMA3 = {
   "factor": 8.0,
@@ -37,6 +38,11 @@ VERSION_4 = {
   "torch_dtype": "bfloat16",
 }
 
+
+def rotating(theta, scaling=None, width=None):
+  return (LayerKind(None, Rope(theta, width, scaling)),)
+
+
 EXPECTED = TransformerConfig(
   vocab_size=100,
   hidden_size=64,
@@ -46,9 +52,11 @@ EXPECTED = TransformerConfig(
   num_kv_heads=2,
   head_dim=16,
   norm_eps=1e-5,
-  rope_theta=500000.0,
-  rope_scaling=RopeScaling(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+  layer_pattern=rotating(
+    500000.0,
+    Llama3(
+      factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    ),
   ),
   max_position_embeddings=131072,
 )
@@ -76,7 +84,7 @@ def test_configs_of_transformers_4_and_5_read_alike():
 )
 def test_unscaled_rope_in_either_version(rope):
   raw = {**changed(VERSION_5, rope_parameters=None), **rope}
-  assert families.read_config(raw) == dataclasses.replace(EXPECTED, rope_scaling=None)
+  assert families.read_config(raw) == dataclasses.replace(EXPECTED, layer_pattern=rotating(5e5))
 
 
 def test_fields_that_may_be_absent_have_the_defaults_of_transformers():
@@ -92,7 +100,7 @@ def test_fields_that_may_be_absent_have_the_defaults_of_transformers():
     num_kv_heads=4,
     head_dim=16,
     norm_eps=1e-6,
-    rope_theta=10000.0,
+    layer_pattern=rotating(10000.0),
     max_position_embeddings=2048,
   )
 
@@ -101,8 +109,12 @@ def test_fields_that_may_be_absent_have_the_defaults_of_transformers():
   "config",
   [
     EXPECTED,
-    dataclasses.replace(EXPECTED, rope_scaling=None, tie_embeddings=True, head_dim=8),
-    dataclasses.replace(EXPECTED, attention_bias=True, mlp_bias=True, norm_eps=1e-6),
+    dataclasses.replace(EXPECTED, layer_pattern=rotating(3.0), tie_embeddings=True, head_dim=8),
+    dataclasses.replace(
+      EXPECTED, attention_bias=True, output_bias=True, mlp_bias=True, norm_eps=1e-6
+    ),
+    dataclasses.replace(EXPECTED, layer_pattern=rotating(3.0, Linear(2.5))),
+    dataclasses.replace(EXPECTED, layer_pattern=rotating(3.0, Yarn(64, 4.0, beta_fast=16.0))),
   ],
 )
 def test_hf_config_round_trips(config):
@@ -120,9 +132,16 @@ def test_hf_config_round_trips(config):
     ({"model_type": "lama"}, r"model_type: 'lama' is not supported; did you mean llama\?"),
     ({"model_type": "mamba9"}, r"model_type: 'mamba9' is not supported; .*known: llama"),
     ({"model_type": None}, "model_type: missing; a model's config has it"),
-    ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported; 'silu'"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type: 'yarn' is not supp"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
+    ({"hidden_act": "gelu_new"}, "hidden_act: 'gelu_new' is not supported; silu"),
+    ({"rope_parameters": {"rope_type": "warp", "factor": 2.0}}, "rope_type: 'warp' is not supp"),
+    (
+      {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mrope_section": [1]}},
+      "rope_parameters: mrope_section: unknown of rope_type 'linear'",
+    ),
+    ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "factor: unknown of rope_type"),
+    ({"partial_rotary_factor": 0.2}, "rope.width: 3; pairs are rotated"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one for each of full_atten"),
+    ({"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported"),
     ({"vocab_size": None}, "vocab_size: missing; a llama config has it"),
     ({"num_hidden_layers": None}, "num_hidden_layers: missing; a llama config has it"),
     (
@@ -137,10 +156,10 @@ def test_what_is_not_supported_is_refused_by_name(fields, message):
     families.read_config(changed(VERSION_5, **fields))
 
 
-def test_rope_scaling_of_version_4_is_refused_by_its_old_name():
+def test_rope_scaling_of_version_4_by_its_old_name():
   raw = {**VERSION_4, "rope_scaling": {"type": "linear", "factor": 2.0}}
-  with pytest.raises(ValueError, match="rope_type: 'linear' is not supported"):
-    families.read_config(raw)
+  pattern = rotating(5e5, Linear(2.0))
+  assert families.read_config(raw) == dataclasses.replace(EXPECTED, layer_pattern=pattern)
 
 
 def test_names_are_those_of_a_llama_file(shared):

@@ -9,13 +9,13 @@ import pytest
 
 import qlora_jax as ql
 from qlora_jax import lora
+from qlora_jax.models.rope import Llama3, Rope
 from qlora_jax.models.transformer import (
-  RopeScaling,
+  LayerKind,
   Transformer,
   TransformerConfig,
   init_cache,
   restarting_positions,
-  rotary_frequencies,
 )
 
 # Grouped queries, and widths that no group of 128 rows or block of 32 divides.
@@ -29,12 +29,12 @@ CONFIG = TransformerConfig(
   head_dim=8,
 )
 # Of the four frequencies one stays, one lies on the ramp, two are divided.
-ROPE = RopeScaling(8.0, 1.0, 4.0, 100)
+ROPE = Rope(1e4, None, Llama3(8.0, 1.0, 4.0, 100))
 VARIANTS = {
   "plain": CONFIG,
   "tied": dataclasses.replace(CONFIG, tie_embeddings=True),
-  "biased": dataclasses.replace(CONFIG, attention_bias=True, mlp_bias=True),
-  "rope_scaling": dataclasses.replace(CONFIG, rope_scaling=ROPE),
+  "biased": dataclasses.replace(CONFIG, attention_bias=True, output_bias=True, mlp_bias=True),
+  "rope_scaling": dataclasses.replace(CONFIG, layer_pattern=(LayerKind(None, ROPE),)),
   "one key head": dataclasses.replace(CONFIG, num_kv_heads=1, norm_eps=1e-2),
 }
 # Logits here are of size 5; three layers of float32 sums over at most 52 products.
@@ -107,8 +107,9 @@ def tokens_of(*shape, seed=0):
 
 def numpy_rotate(x, positions, config):
   half = config.head_dim // 2
-  frequencies = config.rope_theta ** (-np.arange(half) / half)
-  if (scaling := config.rope_scaling) is not None:
+  rope = config.layer_pattern[0].rope
+  frequencies = rope.theta ** (-np.arange(half) / half)
+  if (scaling := rope.scaling) is not None:
     for i, frequency in enumerate(frequencies):
       turns = scaling.original_max_position_embeddings * frequency / (2 * np.pi)
       if turns < scaling.low_freq_factor:
@@ -183,11 +184,8 @@ def test_explicit_positions():
 
 def test_rotary_frequencies_of_a_published_model():
   # Llama 3.1 8B: its first frequencies stay, its last are divided by 8.
-  config = dataclasses.replace(
-    CONFIG, head_dim=128, rope_theta=500000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192)
-  )
-  scaled = rotary_frequencies(config)
-  plain = rotary_frequencies(dataclasses.replace(config, rope_scaling=None))
+  scaled, _ = Rope(500000.0, None, Llama3(8.0, 1.0, 4.0, 8192)).frequencies(128)
+  plain, _ = Rope(500000.0).frequencies(128)
   assert scaled.dtype == plain.dtype == np.float32 and scaled.shape == (64,)
   ratio = plain / scaled
   wavelengths = 2 * np.pi / plain

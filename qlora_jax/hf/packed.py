@@ -1,0 +1,167 @@
+"""A quantized base on disk, as it lies in memory: opened without quantizing again.
+
+A directory with the model's config.json, a manifest, and one safetensors file for each leaf of
+the base, stacked over layers, with its arrays (`codes`, `scales`, …) under their paths in the
+leaf. A leaf can be opened onto any sharding: a device reads its own part of the file.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tqdm
+
+from qlora_jax import tree_paths
+from qlora_jax.fingerprint import fingerprint
+from qlora_jax.hf.files import copy_tokenizer, new_directory, read_json, write_json
+from qlora_jax.models import families
+from qlora_jax.models.transformer import Transformer
+from qlora_jax.quantized_tensor import NestedScales, QuantizedTensor, is_quantized
+
+MANIFEST = "qlora_jax.json"
+_FORMAT = 1
+
+
+def is_packed(directory: Path) -> bool:
+  """Whether `save_base` wrote this directory."""
+  return (directory / MANIFEST).exists()
+
+
+def save_base(
+  path: str | os.PathLike[str],
+  model: Transformer,
+  frozen: Any,
+  *,
+  source: str | None = None,
+) -> None:
+  """Writes a base, packed weights and all, whole or not at all; `load` opens it.
+
+  Args:
+    path: must not exist.
+    model, frozen: as `load` made them.
+    source: where the weights are from, for the manifest; the directory that the model was read
+      from where None.
+
+  Raises:
+    FileExistsError: there is something at `path`.
+  """
+  source = source or model.config.hf_directory
+  dtype = jnp.dtype(model.dtype).name
+  leaves = {}
+  with new_directory(path) as directory:
+    for leaf, value in tree_paths.leaves(frozen, is_leaf=is_quantized).items():
+      file = f"{leaf.replace('/', '.')}.safetensors"
+      arrays = {name or "array": np.asarray(x) for name, x in tree_paths.leaves(value).items()}
+      safetensors.numpy.save_file(arrays, directory / file)
+      leaves[leaf] = {"file": file, "shape": list(value.shape), **_statics(value)}
+    write_json(directory / "config.json", families.hf_config(model.config, dtype))
+    if model.config.hf_directory:
+      copy_tokenizer(Path(model.config.hf_directory), directory)
+    write_json(
+      directory / MANIFEST,
+      {
+        "format": _FORMAT,
+        "source": source,
+        "fingerprint": fingerprint(frozen),
+        "leaves": leaves,
+      },
+    )
+
+
+def _statics(value: Any) -> dict[str, Any]:
+  """What of a leaf is not in its arrays."""
+  if not is_quantized(value):
+    return {}
+  statics = {name: getattr(value, name) for name in ("bits", "block_size", "padding")}
+  if isinstance(value.scales, NestedScales):
+    statics["nested_block_size"] = value.scales.block_size
+  return statics
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+  """The manifest of a packed base.
+
+  Raises:
+    ValueError: it is of another format than this version writes.
+  """
+  manifest = read_json(directory / MANIFEST)
+  if manifest.get("format") != _FORMAT or not isinstance(manifest.get("leaves"), dict):
+    raise ValueError(
+      f"{directory / MANIFEST}: format {manifest.get('format')!r}; this version reads {_FORMAT}"
+    )
+  return manifest
+
+
+def read(
+  directory: Path,
+  shapes: Any,
+  place: Callable[[str, Any], Any],
+  *,
+  progress: bool,
+) -> dict[str, Any]:
+  """The tree that `save_base` wrote.
+
+  Args:
+    shapes: of the model's dense tree, which the leaves must have.
+    place: where a leaf goes, from its path and value.
+
+  Raises:
+    FileNotFoundError, ValueError: a file or array that is missing, cut short or of another shape.
+  """
+  leaves = read_manifest(directory)["leaves"]
+  wanted = {path: list(like.shape) for path, like in tree_paths.leaves(shapes).items()}
+  for path in sorted(set(wanted) | set(leaves)):
+    found = leaves.get(path, {}).get("shape")
+    if found != wanted.get(path):
+      raise ValueError(
+        f"{directory / MANIFEST}: {path}: shape {found}; config.json asks for {wanted.get(path)}"
+      )
+  files = {path: directory / entry["file"] for path, entry in leaves.items()}
+  for path, file in files.items():
+    if not file.exists():
+      raise FileNotFoundError(f"{file}: missing; it holds {path}")
+  total = sum(file.stat().st_size for file in files.values())
+  frozen = {}
+  bar = tqdm.tqdm(
+    total=total, unit="B", unit_scale=True, desc="opening", disable=None if progress else True
+  )
+  with bar:
+    for path, entry in leaves.items():
+      value = _leaf(files[path], entry)
+      if list(value.shape) != entry["shape"]:
+        raise ValueError(
+          f"{files[path]}: shape {list(value.shape)}; {MANIFEST} says {entry['shape']}"
+        )
+      frozen[path] = place(path, value)
+      bar.update(files[path].stat().st_size)
+  return tree_paths.nest(frozen)
+
+
+def _leaf(file: Path, entry: dict[str, Any]) -> Any:
+  try:
+    arrays: dict[str, Any] = safetensors.numpy.load_file(file)
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+  if "bits" not in entry:
+    return arrays["array"]
+  try:
+    if nested := entry.get("nested_block_size"):
+      scales = NestedScales(
+        *(arrays[f"scales/{name}"] for name in ("codes", "absmax", "offset")), block_size=nested
+      )
+    else:
+      scales = arrays["scales"]
+    return QuantizedTensor(
+      codes=arrays["codes"],
+      scales=scales,
+      levels=arrays["levels"],
+      zero=arrays.get("zero"),
+      **{name: entry[name] for name in ("bits", "block_size", "padding")},
+    )
+  except KeyError as error:
+    raise ValueError(f"{file}: {error} is missing") from None

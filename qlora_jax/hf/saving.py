@@ -1,0 +1,286 @@
+"""Models written as Hugging Face directories: dense, merged, or in bitsandbytes' 4 bits.
+
+Tensors are made one layer at a time and written a file at a time, so that a model far larger than
+memory can be merged.
+"""
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax.typing import DTypeLike
+
+from qlora_jax import lora, tree_paths
+from qlora_jax.hf import bitsandbytes
+from qlora_jax.hf.checkpoint import float_dtype, model_shapes
+from qlora_jax.hf.files import copy_tokenizer, new_directory, write_json
+from qlora_jax.hf.tensors import INDEX, SINGLE
+from qlora_jax.models import families
+from qlora_jax.models.transformer import Transformer
+from qlora_jax.quantized_tensor import NestedScales, is_quantized
+
+# Of a file; a larger model is cut into several.
+FILE_BYTES = 2 << 30
+
+
+def save(
+  path: str | os.PathLike[str],
+  model: Transformer,
+  frozen: Any,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  file_bytes: int = FILE_BYTES,
+) -> None:
+  """Writes a dense base as a Hugging Face directory, whole or not at all.
+
+  Args:
+    path: must not exist.
+    model: whose config is written, with the tokenizer of the directory that it was read from.
+    frozen: plain arrays.
+    dtype: of the files.
+    file_bytes: of tensors in a file.
+
+  Raises:
+    FileExistsError: there is something at `path`.
+    ValueError: a leaf that is packed, missing, of another shape than the model's, or that has no
+      name in the family's files.
+  """
+  for leaf, w in tree_paths.leaves(frozen, is_leaf=is_quantized).items():
+    if is_quantized(w):
+      raise ValueError(
+        f"{leaf}: packed; save_merged writes it dense, save_base and save_bitsandbytes packed"
+      )
+  save_merged(path, model, frozen, {}, {}, dtype=dtype, file_bytes=file_bytes)
+
+
+def save_merged(
+  path: str | os.PathLike[str],
+  model: Transformer,
+  frozen: Any,
+  params: Any,
+  constants: Any,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  file_bytes: int = FILE_BYTES,
+) -> None:
+  """Writes the base with its adapters merged in, dense, in float32 rounded once to `dtype`.
+
+  A tied head with an adapter of its own (or a table with one) is written untied.
+
+  Args:
+    path: must not exist.
+    model, frozen, params, constants: as `model.apply` takes them.
+    dtype: of the files.
+    file_bytes: of tensors in a file.
+
+  Raises:
+    FileExistsError: there is something at `path`.
+    ValueError: see `save` and `lora.merge`.
+  """
+  dtype = float_dtype("dtype", dtype)
+  trees = _flat(frozen, params, constants)
+  layers = _layers(trees)
+
+  def merge(layer: int | None) -> dict[str, Any]:
+    group = map(tree_paths.nest, _layer(trees, layer))
+    return tree_paths.leaves(lora.merge(*group, dtype=dtype))
+
+  shapes = [jax.eval_shape(functools.partial(merge, layer)) for layer in layers]
+  config = model.config
+  if config.tie_embeddings and "head/kernel" in shapes[-1]:
+    config = dataclasses.replace(config, tie_embeddings=False)
+  names = _names(model.clone(config=config), shapes)
+  groups = (_tensors(merge(layer), functools.partial(_dense, names=names)) for layer in layers)
+  with new_directory(path) as directory:
+    write_json(directory / "config.json", families.hf_config(config, dtype.name))
+    _write(directory, groups, [_bytes(shape) for shape in shapes], file_bytes)
+    if config.hf_directory:
+      copy_tokenizer(Path(config.hf_directory), directory)
+
+
+def save_bitsandbytes(
+  path: str | os.PathLike[str],
+  model: Transformer,
+  frozen: Any,
+  *,
+  dtype: DTypeLike | None = None,
+  file_bytes: int = FILE_BYTES,
+) -> None:
+  """Writes a packed base as a bitsandbytes 4-bit checkpoint, code for code; transformers opens it.
+
+  Args:
+    path: must not exist.
+    model, frozen: as `load` made them. All layers' projections are packed, in NF4 or FP4.
+    dtype: of the weights that are not packed, and that transformers computes in; the model's own
+      where None.
+    file_bytes: of tensors in a file.
+
+  Raises:
+    FileExistsError: there is something at `path`.
+    ValueError: a projection that is not packed, or packed as bitsandbytes cannot have it; experts,
+      whose weights transformers 5 keeps in one tensor that bitsandbytes does not pack.
+  """
+  dtype = float_dtype("dtype", model.dtype if dtype is None else dtype)
+  if model.config.num_experts:
+    raise ValueError("save_bitsandbytes: a mixture of experts; bitsandbytes packs linear layers")
+  trees = _flat(frozen)
+  layers = _layers(trees)
+  kinds, nested = set(), set()
+  for path, w in trees[0].items():
+    inner = path.startswith("layers/") and path.endswith("/kernel")
+    if is_quantized(w) != inner:
+      state = "packed" if is_quantized(w) else "not packed"
+      raise ValueError(
+        f"save_bitsandbytes: {path}: {state}; the layers' projections are, no others"
+      )
+    if is_quantized(w):
+      kinds.add(bitsandbytes.quant_type(w))
+      nested.add(isinstance(w.scales, NestedScales))
+  if len(kinds) > 1 or len(nested) > 1:
+    raise ValueError("save_bitsandbytes: projections packed in several ways; config.json has one")
+  sizes = [_bytes(_layer(trees, layer)[0]) for layer in layers]
+  names = _names(model, (_layer(trees, layer)[0] for layer in layers))
+
+  def write(path: str, w: Any) -> dict[str, np.ndarray]:
+    if is_quantized(w):
+      return bitsandbytes.arrays(names[path][0], w, dtype.name)
+    return _dense(path, w.astype(dtype), names)
+
+  groups = (_tensors(_layer(trees, layer)[0], write) for layer in layers)
+  with new_directory(path) as directory:
+    config = families.hf_config(model.config, dtype.name)
+    config["quantization_config"] = {
+      "quant_method": "bitsandbytes",
+      "load_in_4bit": True,
+      "load_in_8bit": False,
+      "bnb_4bit_compute_dtype": dtype.name,
+      "bnb_4bit_quant_storage": "uint8",
+      "bnb_4bit_quant_type": kinds.pop(),
+      "bnb_4bit_use_double_quant": nested.pop(),
+      "llm_int8_enable_fp32_cpu_offload": False,
+      "llm_int8_has_fp16_weight": False,
+      "llm_int8_skip_modules": None,
+      "llm_int8_threshold": 6.0,
+    }
+    write_json(directory / "config.json", config)
+    _write(directory, groups, sizes, file_bytes)
+    if model.config.hf_directory:
+      copy_tokenizer(Path(model.config.hf_directory), directory)
+
+
+def _tensors(
+  leaves: dict[str, Any], write: Callable[[str, Any], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+  return {name: x for path, w in leaves.items() for name, x in write(path, w).items()}
+
+
+# Leaves by path, of frozen, params and constants.
+_Trees = tuple[dict[str, Any], ...]
+
+
+def _flat(*trees: Any) -> _Trees:
+  return tuple(tree_paths.leaves(tree, is_leaf=is_quantized) for tree in trees)
+
+
+def _layers(trees: _Trees) -> list[int | None]:
+  """The indices of the layers; None stands for what is in no stack."""
+  counts = {w.shape[0] for leaf, w in trees[0].items() if tree_paths.is_stacked(leaf)}
+  return [*range(max(counts, default=0)), None]
+
+
+def _layer(trees: _Trees, layer: int | None) -> _Trees:
+  """The leaves of one layer under their virtual paths, sliced now; or those in no stack."""
+  if layer is None:
+    return tuple(
+      {path: w for path, w in tree.items() if not tree_paths.is_stacked(path)} for tree in trees
+    )
+  return tuple(
+    {
+      tree_paths.per_layer(path, layer + 1)[layer]: jax.tree.map(lambda x: x[layer], w)
+      for path, w in tree.items()
+      if tree_paths.is_stacked(path)
+    }
+    for tree in trees
+  )
+
+
+def _names(model: Transformer, found: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
+  """The files' names of each virtual path: one, or one an expert.
+
+  Raises:
+    ValueError: a leaf that is missing, of another shape, or that the family has no name for.
+  """
+  names = families.family(model.config.model_type).names
+  expected = {}
+  for path, like in tree_paths.leaves(model_shapes(model)).items():
+    stacked = tree_paths.is_stacked(path)
+    for layer, virtual in enumerate(tree_paths.layers(path, like)):
+      shape = like.shape[1:] if stacked else like.shape
+      expected[virtual] = (names[path], layer, shape)
+  flat = {path: w for group in found for path, w in group.items()}
+  for path in sorted(set(expected) | set(flat)):
+    if path not in expected:
+      raise ValueError(f"{path}: a {model.config.model_type} file of this model has no name for it")
+    if path not in flat:
+      raise ValueError(f"{path}: missing; the model has it")
+    if tuple(flat[path].shape) != expected[path][2]:
+      raise ValueError(f"{path}: shape {flat[path].shape}; the model's is {expected[path][2]}")
+  return {
+    path: [
+      name.format(layer=layer, expert=expert)
+      for expert in range(shape[0] if "{expert}" in name else 1)
+    ]
+    for path, (name, layer, shape) in expected.items()
+  }
+
+
+def _dense(path: str, w: Any, names: dict[str, list[str]]) -> dict[str, np.ndarray]:
+  """The tensors of a file that a dense leaf becomes."""
+  w = np.asarray(w)
+  if path.endswith("/kernel"):
+    w = np.swapaxes(w, -1, -2)
+  parts = w if len(names[path]) > 1 else [w.reshape(w.shape[-2:]) if w.ndim > 2 else w]
+  # safetensors writes the memory as it lies.
+  return {name: np.ascontiguousarray(x) for name, x in zip(names[path], parts, strict=True)}
+
+
+def _bytes(leaves: dict[str, Any]) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaves))
+
+
+def _write(
+  directory: Path,
+  groups: Iterable[dict[str, np.ndarray]],
+  sizes: list[int],
+  file_bytes: int,
+) -> None:
+  """Writes the tensors of each group; a group is not cut.
+
+  Args:
+    sizes: of the groups, in bytes, by which they are put together in files.
+  """
+  file_of_group, filled = [], 0
+  for size in sizes:
+    if filled and filled + size > file_bytes:
+      filled = 0
+    file_of_group.append(len(file_of_group) and file_of_group[-1] + (filled == 0))
+    filled += size
+  count = file_of_group[-1] + 1
+  weight_map, total = {}, 0
+  by_file = itertools.groupby(zip(file_of_group, groups, strict=True), key=lambda pair: pair[0])
+  for number, members in by_file:
+    tensors = {name: x for _, group in members for name, x in group.items()}
+    name = SINGLE if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
+    safetensors.numpy.save_file(tensors, directory / name, metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(tensors, name)
+    total += sum(x.nbytes for x in tensors.values())
+  if count > 1:
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

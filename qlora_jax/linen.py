@@ -15,14 +15,14 @@ from jax.typing import DTypeLike
 
 from qlora_jax import lora
 from qlora_jax.matmul import quantized_matmul
-from qlora_jax.quantized_tensor import QuantizedTensor
+from qlora_jax.quantized_tensor import AnyQuantizedTensor
 
 Initializer = Callable[..., jax.Array]
 
 
 def weight(
   module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]
-) -> jax.Array | QuantizedTensor:
+) -> jax.Array | AnyQuantizedTensor:
   """The base weight `name` of `module`: from `params` where it is trained in full, else `frozen`.
 
   `module.init` makes it in `frozen`, float32.
@@ -51,7 +51,7 @@ def plain_weight(
     ValueError: it is packed; the message names its path.
   """
   value = weight(module, name, init, shape)
-  if isinstance(value, QuantizedTensor):
+  if isinstance(value, AnyQuantizedTensor):
     path = "/".join((*module.path, name))
     raise ValueError(f"{path}: packed; only the kernels of products are read packed")
   return value
@@ -87,7 +87,7 @@ class QDense(nn.Module):
     kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
 
     def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-      if isinstance(kernel, QuantizedTensor):
+      if isinstance(kernel, AnyQuantizedTensor):
         return quantized_matmul(x, kernel, implementation=self.implementation).astype(dtype)
       return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
 

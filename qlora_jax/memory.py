@@ -11,7 +11,7 @@ from qlora_jax import tree_paths
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.lora import init as init_lora
 from qlora_jax.models.transformer import Transformer
-from qlora_jax.quantized_tensor import QuantizedTensor, is_quantized
+from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import TrainState, init_state, make_train_step
 
 
@@ -111,6 +111,6 @@ def weight_table(frozen: Any, state: TrainState) -> list[tuple[str, str, str, st
 
 
 def _treatment(leaf: Any) -> str:
-  if not isinstance(leaf, QuantizedTensor):
+  if not is_quantized(leaf):
     return str(leaf.dtype)
   return f"{leaf.bits}-bit codes, block {leaf.block_size}, {leaf.bits_per_param:.3f} bits a weight"

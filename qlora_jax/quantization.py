@@ -15,6 +15,8 @@ from jax.typing import DTypeLike
 from qlora_jax import codebooks, tree_paths
 from qlora_jax.codebooks import Codebook
 from qlora_jax.quantized_tensor import (
+  AnyQuantizedTensor,
+  FlatQuantizedTensor,
   NestedScales,
   QuantizedTensor,
   is_quantized,
@@ -333,7 +335,7 @@ def _rows(blocks: jax.Array, k: int, block_size: int) -> jax.Array:
   return jnp.broadcast_to(blocks[:, None], (count, block_size, n)).reshape(-1, n)[:k]
 
 
-def dequantize(w: QuantizedTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
+def dequantize(w: AnyQuantizedTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
   """The weight that `w` stands for, `[..., K, N]`.
 
   float32 level times float32 scale, rounded once to `dtype`, as bitsandbytes does.
@@ -344,6 +346,10 @@ def dequantize(w: QuantizedTensor, dtype: DTypeLike = jnp.float32) -> jax.Array:
 
 
 def _dequantize_tree_of_matrices(w, dtype):
+  if isinstance(w, FlatQuantizedTensor):
+    *leading, k, n = w.shape
+    flat = _dequantize_tree_of_matrices(w.flat, dtype)
+    return jnp.swapaxes(flat.reshape(*leading, n, k), -1, -2)
   if w.ndim > 2:
     return jax.vmap(lambda layer: _dequantize_tree_of_matrices(layer, dtype))(w)
   return join_rows(decode(w, dtype), 0)

@@ -17,6 +17,7 @@ each plane; the three bytes lie in three consecutive runs of rows.
 
 import dataclasses
 import math
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -123,9 +124,75 @@ class QuantizedTensor:
 _register(QuantizedTensor, ["codes", "scales", "levels", "zero"], ["bits", "block_size", "padding"])
 
 
-def is_quantized(x: object) -> bool:
-  """For `is_leaf=`: treats a QuantizedTensor as one leaf."""
-  return isinstance(x, QuantizedTensor)
+@dataclasses.dataclass(frozen=True)
+class FlatQuantizedTensor:
+  """A weight whose blocks cross from output to output, as bitsandbytes has them where B ∤ K.
+
+  It is read from such files, dequantized and written again code for code. Products decode it
+  whole: only a weight that is imported has this form.
+
+  Attributes:
+    flat: `[..., N · K, 1]`, the weight in torch's order, `[out, in]` row by row.
+    features: N, remembered: the arrays do not tell it.
+  """
+
+  flat: QuantizedTensor
+  features: int
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the weight that is stood for, `[..., K, N]`."""
+    *leading, count, _ = self.flat.shape
+    return (*leading, count // self.features, self.features)
+
+  @property
+  def ndim(self) -> int:
+    return self.flat.ndim
+
+  @property
+  def size(self) -> int:
+    """Weights."""
+    return self.flat.size
+
+  @property
+  def nbytes(self) -> int:
+    """As QuantizedTensor's."""
+    return self.flat.nbytes
+
+  @property
+  def bits_per_param(self) -> float:
+    """As QuantizedTensor's."""
+    return self.flat.bits_per_param
+
+  @property
+  def bits(self) -> int:
+    """Of a code."""
+    return self.flat.bits
+
+  @property
+  def block_size(self) -> int:
+    """Weights in a row that share a scale."""
+    return self.flat.block_size
+
+  @property
+  def scales(self) -> "jax.Array | NestedScales":
+    """Of the flat blocks."""
+    return self.flat.scales
+
+  @property
+  def levels(self) -> jax.Array:
+    """The table."""
+    return self.flat.levels
+
+
+_register(FlatQuantizedTensor, ["flat"], ["features"])
+
+AnyQuantizedTensor = QuantizedTensor | FlatQuantizedTensor
+
+
+def is_quantized(x: object) -> TypeGuard[AnyQuantizedTensor]:
+  """For `is_leaf=`: treats a packed weight as one leaf."""
+  return isinstance(x, QuantizedTensor | FlatQuantizedTensor)
 
 
 def plane_rows(k: int, bits: int) -> tuple[int, int, list[int]]:

@@ -15,6 +15,8 @@ import numpy as np
 from qlora_jax import codebooks
 from qlora_jax.hf.tensors import Tensors
 from qlora_jax.quantized_tensor import (
+  AnyQuantizedTensor,
+  FlatQuantizedTensor,
   NestedScales,
   QuantizedTensor,
   is_quantized,
@@ -33,13 +35,15 @@ _CODES = {
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def quant_type(q: QuantizedTensor) -> str:
+def quant_type(q: AnyQuantizedTensor) -> str:
   """bitsandbytes' name of the table of `q`: "nf4" or "fp4".
 
   Raises:
     ValueError: another table, by its name where it is one of ours. bitsandbytes ignores the table
       in a file and decodes by its own.
   """
+  if isinstance(q, FlatQuantizedTensor):
+    q = q.flat
   levels = np.asarray(q.levels)
   if q.zero is None and q.bits == 4:
     for name in _CODES:
@@ -50,7 +54,7 @@ def quant_type(q: QuantizedTensor) -> str:
   raise ValueError(f"to_bitsandbytes: codebook {name}: bitsandbytes decodes nf4 and fp4 alone")
 
 
-def to_bitsandbytes(q: QuantizedTensor) -> dict[str, np.ndarray]:
+def to_bitsandbytes(q: AnyQuantizedTensor) -> dict[str, np.ndarray]:
   """The arrays of a packed weight in bitsandbytes' order.
 
   Args:
@@ -70,7 +74,15 @@ def to_bitsandbytes(q: QuantizedTensor) -> dict[str, np.ndarray]:
   if q.ndim != 2:
     raise ValueError(f"to_bitsandbytes: {list(q.shape)}; one matrix [K, N] at a time")
   kind = quant_type(q)
-  _check_blocks("to_bitsandbytes", q.shape, q.block_size)
+  if isinstance(q, FlatQuantizedTensor):
+    q = q.flat
+  _check_block_size("to_bitsandbytes", q.block_size)
+  if q.shape[0] % q.block_size and q.shape[1] > 1:
+    raise ValueError(
+      f"to_bitsandbytes: in {q.shape[0]} is not a multiple of block_size {q.block_size}: "
+      "bitsandbytes' blocks then cross from row to row, and this weight's end with each; quantize "
+      "with a block size that divides it"
+    )
   codes = np.asarray(join_rows(unpack(q.codes, q.bits, q.padding), 0))
   flat = _CODES[kind][codes].T.reshape(-1)
   if len(flat) % 2:
@@ -99,7 +111,7 @@ def from_bitsandbytes(
   nested_absmax: np.ndarray | None = None,
   nested_offset: float | np.ndarray | None = None,
   nested_block_size: int = 256,
-) -> QuantizedTensor:
+) -> AnyQuantizedTensor:
   """The packed weight that bitsandbytes' arrays stand for, code for code.
 
   Args:
@@ -112,17 +124,30 @@ def from_bitsandbytes(
     nested_block_size: scales that share a nested absmax.
 
   Returns:
-    `[K, N] = [in, out]`.
+    `[K, N] = [in, out]`; a FlatQuantizedTensor where blocks cross from row to row.
 
   Raises:
-    ValueError: another table; arrays whose sizes or dtypes do not fit; blocks that cross rows.
+    ValueError: another table; arrays whose sizes or dtypes do not fit.
   """
   if quant_type not in _CODES:
     raise ValueError(f"from_bitsandbytes: quant_type {quant_type!r}; one of {', '.join(_CODES)}")
   if len(shape) != 2 or min(shape) < 1:
     raise ValueError(f"from_bitsandbytes: shape {list(shape)}; a weight is [out, in]")
   n, k = shape
-  _check_blocks("from_bitsandbytes", (k, n), block_size)
+  _check_block_size("from_bitsandbytes", block_size)
+  if k % block_size and n > 1:
+    flat = from_bitsandbytes(
+      packed,
+      absmax,
+      shape=(1, n * k),
+      quant_type=quant_type,
+      block_size=block_size,
+      nested_absmax=nested_absmax,
+      nested_offset=nested_offset,
+      nested_block_size=nested_block_size,
+    )
+    assert isinstance(flat, QuantizedTensor)
+    return FlatQuantizedTensor(flat, n)
   count, blocks = n * k, -(-k // block_size)
   # Files may hold the bytes as another dtype (bnb_4bit_quant_storage).
   packed = np.ascontiguousarray(packed).reshape(-1).view(np.uint8)
@@ -161,16 +186,10 @@ def from_bitsandbytes(
   )
 
 
-def _check_blocks(where: str, shape: tuple[int, ...], block_size: int) -> None:
-  k, n = shape
+def _check_block_size(where: str, block_size: int) -> None:
   if block_size not in BLOCK_SIZES:
     raise ValueError(
       f"{where}: block_size {block_size}; bitsandbytes has {', '.join(map(str, BLOCK_SIZES))}"
-    )
-  if k % block_size and n > 1:
-    raise ValueError(
-      f"{where}: in {k} is not a multiple of block_size {block_size}: bitsandbytes' blocks then "
-      "cross from row to row, and ours end with each; this form is not supported yet"
     )
 
 
@@ -195,7 +214,7 @@ def names(tensors: Tensors, name: str) -> list[str]:
   return [name, *(key for key in beside if key in tensors)]
 
 
-def read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+def read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> AnyQuantizedTensor:
   """The packed weight `name`, code for code.
 
   Args:
@@ -236,7 +255,7 @@ def read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> QuantizedTensor
     raise ValueError(f"{where}: {error}") from None
 
 
-def arrays(name: str, q: QuantizedTensor, dtype: str) -> dict[str, np.ndarray]:
+def arrays(name: str, q: AnyQuantizedTensor, dtype: str) -> dict[str, np.ndarray]:
   """The tensors of a file for the packed weight `name`: the inverse of `read`.
 
   Args:

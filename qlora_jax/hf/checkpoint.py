@@ -39,7 +39,7 @@ from qlora_jax.quantization import (
   quantize_tree,
   treatments,
 )
-from qlora_jax.quantized_tensor import NestedScales, QuantizedTensor, is_quantized
+from qlora_jax.quantized_tensor import AnyQuantizedTensor, NestedScales, is_quantized
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -229,7 +229,7 @@ def _check_agreement(
       )
 
 
-def _has_table(q: QuantizedTensor, table: np.ndarray) -> bool:
+def _has_table(q: AnyQuantizedTensor, table: np.ndarray) -> bool:
   levels = np.asarray(q.levels).reshape(-1, q.levels.shape[-1])
   return levels.shape[-1] == len(table) and bool((levels == table).all())
 

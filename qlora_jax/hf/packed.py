@@ -21,7 +21,12 @@ from qlora_jax.fingerprint import fingerprint
 from qlora_jax.hf.files import copy_tokenizer, new_directory, read_json, write_json
 from qlora_jax.models import families
 from qlora_jax.models.transformer import Transformer
-from qlora_jax.quantized_tensor import NestedScales, QuantizedTensor, is_quantized
+from qlora_jax.quantized_tensor import (
+  FlatQuantizedTensor,
+  NestedScales,
+  QuantizedTensor,
+  is_quantized,
+)
 
 MANIFEST = "qlora_jax.json"
 _FORMAT = 1
@@ -77,6 +82,8 @@ def _statics(value: Any) -> dict[str, Any]:
   """What of a leaf is not in its arrays."""
   if not is_quantized(value):
     return {}
+  if isinstance(value, FlatQuantizedTensor):
+    return {"features": value.features, **_statics(value.flat)}
   statics = {name: getattr(value, name) for name in ("bits", "block_size", "padding")}
   if isinstance(value.scales, NestedScales):
     statics["nested_block_size"] = value.scales.block_size
@@ -149,6 +156,13 @@ def _leaf(file: Path, entry: dict[str, Any]) -> Any:
     raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
   if "bits" not in entry:
     return arrays["array"]
+  if features := entry.get("features"):
+    arrays = {name.removeprefix("flat/"): x for name, x in arrays.items()}
+    return FlatQuantizedTensor(_packed_leaf(file, entry, arrays), features)
+  return _packed_leaf(file, entry, arrays)
+
+
+def _packed_leaf(file: Path, entry: dict[str, Any], arrays: dict[str, Any]) -> QuantizedTensor:
   try:
     if nested := entry.get("nested_block_size"):
       scales = NestedScales(

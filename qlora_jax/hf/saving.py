@@ -134,15 +134,15 @@ def save_bitsandbytes(
   trees = _flat(frozen)
   layers = _layers(trees)
   kinds, nested = set(), set()
-  for path, w in trees[0].items():
-    inner = path.startswith("layers/") and path.endswith("/kernel")
+  for leaf, w in trees[0].items():
+    inner = tree_paths.is_stacked(leaf) and leaf.endswith("/kernel")
     if is_quantized(w) != inner:
       state = "packed" if is_quantized(w) else "not packed"
       raise ValueError(
-        f"save_bitsandbytes: {path}: {state}; the layers' projections are, no others"
+        f"save_bitsandbytes: {leaf}: {state}; the layers' projections are, no others"
       )
     if is_quantized(w):
-      kinds.add(bitsandbytes.quant_type(w))
+      kinds.add(bitsandbytes.quant_type(jax.tree.map(lambda x: x[0], w)))
       nested.add(isinstance(w.scales, NestedScales))
   if len(kinds) > 1 or len(nested) > 1:
     raise ValueError("save_bitsandbytes: projections packed in several ways; config.json has one")

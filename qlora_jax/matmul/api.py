@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.matmul import xla
-from qlora_jax.quantized_tensor import QuantizedTensor, is_quantized
+from qlora_jax.quantized_tensor import AnyQuantizedTensor, is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Implementation:
     unsupported: `(x, w) →` the reason why it cannot serve them, or None.
   """
 
-  forward: Callable[[jax.Array, QuantizedTensor], jax.Array]
-  input_gradient: Callable[[jax.Array, QuantizedTensor], jax.Array]
-  unsupported: Callable[[jax.Array, QuantizedTensor], str | None]
+  forward: Callable[[jax.Array, AnyQuantizedTensor], jax.Array]
+  input_gradient: Callable[[jax.Array, AnyQuantizedTensor], jax.Array]
+  unsupported: Callable[[jax.Array, AnyQuantizedTensor], str | None]
 
 
 # In the order of preference: where none is named, the first that supports the case serves it.
@@ -38,7 +38,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 def quantized_matmul(
-  x: jax.Array, w: QuantizedTensor, *, implementation: str | None = None
+  x: jax.Array, w: AnyQuantizedTensor, *, implementation: str | None = None
 ) -> jax.Array:
   """y = x · dequantize(w), with w read packed.
 
@@ -76,7 +76,7 @@ def quantized_matmul(
   return _product(_choose(x, w, implementation), x, w)
 
 
-def _choose(x: jax.Array, w: QuantizedTensor, name: str | None) -> str:
+def _choose(x: jax.Array, w: AnyQuantizedTensor, name: str | None) -> str:
   if name is None:
     return next(name for name, each in IMPLEMENTATIONS.items() if each.unsupported(x, w) is None)
   if name not in IMPLEMENTATIONS:
@@ -91,7 +91,7 @@ def _choose(x: jax.Array, w: QuantizedTensor, name: str | None) -> str:
 
 # custom_vjp outside, custom_vmap inside: the other way round has no gradient.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(name: str, x: jax.Array, w: QuantizedTensor) -> jax.Array:
+def _product(name: str, x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   return _folded(IMPLEMENTATIONS[name].forward)(x, w)
 
 
@@ -107,7 +107,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 @functools.cache
-def _folded(product: Callable[[jax.Array, QuantizedTensor], jax.Array]):
+def _folded(product: Callable[[jax.Array, AnyQuantizedTensor], jax.Array]):
   """`product` with a batching rule: a batch of x alone becomes rows of one product."""
   folded = jax.custom_batching.custom_vmap(product)
 

@@ -3,17 +3,22 @@
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.quantization import decode
-from qlora_jax.quantized_tensor import QuantizedTensor, join_rows, split_rows
+from qlora_jax.quantization import decode, dequantize
+from qlora_jax.quantized_tensor import (
+  AnyQuantizedTensor,
+  FlatQuantizedTensor,
+  join_rows,
+  split_rows,
+)
 
 
-def unsupported(x: jax.Array, w: QuantizedTensor) -> str | None:
+def unsupported(x: jax.Array, w: AnyQuantizedTensor) -> str | None:
   """Why this implementation cannot serve the product; None, since it always can."""
   del x, w
   return None
 
 
-def forward(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+def forward(x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   """`[..., K] · [K, N] → [..., N]`, accumulated in float32, in x's dtype.
 
   x is split to match the planes of the packed weight, one product each: nothing of the
@@ -23,6 +28,9 @@ def forward(x: jax.Array, w: QuantizedTensor) -> jax.Array:
   # the forward and the backward pass, which keeps all layers' weights alive
   # (tests/matmul asserts that 8 layers hold at most 3, and fails without the barriers).
   x, w = jax.lax.optimization_barrier((x, w))
+  if isinstance(w, FlatQuantizedTensor):
+    dense = dequantize(w, x.dtype)
+    return jnp.matmul(x, dense, preferred_element_type=jnp.float32).astype(x.dtype)
   total = None
   for part, plane in zip(split_rows(x, w.bits, -1), decode(w, x.dtype), strict=True):
     product = jnp.einsum("...gk,gkn->...n", part, plane, preferred_element_type=jnp.float32)
@@ -31,9 +39,12 @@ def forward(x: jax.Array, w: QuantizedTensor) -> jax.Array:
   return total.astype(x.dtype)
 
 
-def input_gradient(g: jax.Array, w: QuantizedTensor) -> jax.Array:
+def input_gradient(g: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   """`[..., N] · [K, N]ᵀ → [..., K]`: the gradient of `forward` for x, from the same packed w."""
   g, w = jax.lax.optimization_barrier((g, w))
+  if isinstance(w, FlatQuantizedTensor):
+    dense = dequantize(w, g.dtype)
+    return jnp.matmul(g, dense.T, preferred_element_type=jnp.float32).astype(g.dtype)
   parts = [
     jnp.einsum("...n,gkn->...gk", g, plane, preferred_element_type=jnp.float32).astype(g.dtype)
     for plane in decode(w, g.dtype)

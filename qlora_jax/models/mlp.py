@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from qlora_jax import lora
 from qlora_jax.linen import Initializer, QDense, weight
 from qlora_jax.matmul import quantized_matmul
-from qlora_jax.quantized_tensor import QuantizedTensor
+from qlora_jax.quantized_tensor import is_quantized
 
 # By transformers' names.
 ACTIVATIONS = {
@@ -149,7 +149,7 @@ class Experts(nn.Module):
       kernel = jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert, 0, keepdims=False), kernels[name]
       )
-      if isinstance(kernel, QuantizedTensor):
+      if is_quantized(kernel):
         y = quantized_matmul(x, kernel, implementation=self.implementation)
       else:
         y = jnp.matmul(x, kernel.astype(x.dtype))

@@ -247,7 +247,7 @@ def run_stage(
       )
   adapter = directory / "adapter"
   if not adapter.exists():
-    hf.save_adapter(adapter, state.params, state.constants, config.lora, base_model_name=str(base))
+    save_adapter(adapter, config, base, model, frozen, state)
   bits = memory.quantized_bits(frozen)
   return Stage(
     loss_before=loss_before,
@@ -259,6 +259,69 @@ def run_stage(
     trained_parameters=lora.count(state.params, state.constants),
     seconds_this_process=time.monotonic() - started,
   )
+
+
+def save_adapter(
+  path: Path, config: ExperimentConfig, base: Path, model: Transformer, frozen: Any, state: Any
+) -> None:
+  """Writes the adapter of a training, as PEFT keeps them, with what it was trained by."""
+  hf.save_adapter(
+    path,
+    state.params,
+    state.constants,
+    config.lora,
+    model=model,
+    frozen=frozen,
+    base_model_name=str(base),
+    card={
+      "run": config.name,
+      "steps": f"{int(state.step)} of {config.train.steps}",
+      "sequence length": config.data.seq_len,
+      "sequences a step": config.train.batch_size * config.train.accumulate_steps,
+      "learning rate": config.optimizer.learning_rate,
+      "base stored as": _storage(config.quantization),
+      "computed in": config.model.dtype,
+      "seed": config.seed,
+    },
+  )
+
+
+def export_adapter(workdir: Path, path: Path) -> int:
+  """Writes the adapter of a run's newest checkpoint to `path`; the run need not be finished.
+
+  Returns:
+    The step that it is of.
+
+  Raises:
+    RunDirectoryError: no run, or one without a checkpoint.
+    BaseChangedError, CheckpointError: see `Checkpoints.restore`.
+  """
+  if not (workdir / "checkpoints").is_dir():
+    raise RunDirectoryError(f"{workdir}: no run with checkpoints")
+  config = config_lib.from_json_dict(read_json(workdir / "config.json"))
+  base = Path(config.model.path) if config.model.path else trained_base(config.pretrain)
+  model, frozen = load_base(config, base, config.quantization)
+  optimizer = optimizers.make(config.optimizer, config.train.steps)
+  params, constants = lora.init(jax.random.key(config.seed), frozen, config.lora)
+  state = init_state(params, constants, optimizer, seed=config.seed, dtype=model.dtype)
+  with Checkpoints(
+    workdir / "checkpoints",
+    keep=config.train.keep_checkpoints,
+    base_fingerprint=fingerprint(frozen),
+  ) as checkpoints:
+    state = checkpoints.restore(state)
+  if state is None:
+    raise RunDirectoryError(f"{workdir}: no checkpoint yet")
+  save_adapter(path, config, base, model, frozen, state)
+  return int(state.step)
+
+
+def _storage(quantization: QuantizationConfig | None) -> str:
+  """How a base is stored, for a model card."""
+  if quantization is None:
+    return "16 bits"
+  nested = ", double quantization" if quantization.double_quantization else ""
+  return f"{quantization.codebook}, blocks of {quantization.block_size}{nested}"
 
 
 def load_base(

@@ -1,5 +1,6 @@
 """Hugging Face's files: checkpoints, PEFT adapters, tokenizers."""
 
+from qlora_jax.hf.chat import load_chat_template as load_chat_template
 from qlora_jax.hf.checkpoint import load as load
 from qlora_jax.hf.packed import save_base as save_base
 from qlora_jax.hf.peft import load_adapter as load_adapter

@@ -8,6 +8,7 @@ scales in another order, and nothing is rounded again.
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -214,6 +215,15 @@ def names(tensors: Tensors, name: str) -> list[str]:
   return [name, *(key for key in beside if key in tensors)]
 
 
+def state(tensors: Tensors, name: str) -> dict[str, Any]:
+  """What bitsandbytes says of the packed weight `name`: its table, blocks and shape."""
+  key = next(key for key in names(tensors, name) if _STATE in key)
+  try:
+    return json.loads(bytes(tensors.get(key)).decode())
+  except ValueError as error:
+    raise ValueError(f"{tensors.where(key)}: not JSON ({error})") from None
+
+
 def read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> AnyQuantizedTensor:
   """The packed weight `name`, code for code.
 
@@ -227,14 +237,12 @@ def read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> AnyQuantizedTen
     ValueError: a state that is not whole or does not fit; the message names file and tensor.
   """
   where = tensors.where(name)
-  state = json.loads(
-    bytes(next(tensors.get(key) for key in names(tensors, name) if _STATE in key)).decode()
-  )
+  told = state(tensors, name)
   try:
-    if tuple(state["shape"]) != tuple(shape):
-      raise ValueError(f"shape {state['shape']}; the config asks for {list(shape)}")
+    if tuple(told["shape"]) != tuple(shape):
+      raise ValueError(f"shape {told['shape']}; the config asks for {list(shape)}")
     nested = f"{name}.nested_absmax" in tensors
-    kind = state["quant_type"]
+    kind = told["quant_type"]
     # bitsandbytes decodes by its own table, whatever the file says.
     stored = tensors.get(f"{name}.quant_map")
     if kind in _CODES and not np.allclose(stored, _table(kind), atol=1e-6):
@@ -242,12 +250,12 @@ def read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> AnyQuantizedTen
     return from_bitsandbytes(
       tensors.get(name),
       tensors.get(f"{name}.absmax"),
-      shape=state["shape"],
+      shape=told["shape"],
       quant_type=kind,
-      block_size=state["blocksize"],
+      block_size=told["blocksize"],
       nested_absmax=tensors.get(f"{name}.nested_absmax") if nested else None,
-      nested_offset=state["nested_offset"] if nested else None,
-      nested_block_size=state.get("nested_blocksize", 256),
+      nested_offset=told["nested_offset"] if nested else None,
+      nested_block_size=told.get("nested_blocksize", 256),
     )
   except KeyError as error:
     raise ValueError(f"{where}: its quant_state lacks {error}") from None
@@ -268,20 +276,20 @@ def arrays(name: str, q: AnyQuantizedTensor, dtype: str) -> dict[str, np.ndarray
   kind = quant_type(q)
   own = to_bitsandbytes(q)
   n, k = q.shape[::-1]
-  state = {"quant_type": kind, "blocksize": q.block_size, "dtype": dtype, "shape": [n, k]}
+  told = {"quant_type": kind, "blocksize": q.block_size, "dtype": dtype, "shape": [n, k]}
   tensors = {
     name: own["packed"],
     f"{name}.absmax": own["absmax"],
     f"{name}.quant_map": _table(kind),
   }
   if isinstance(q.scales, NestedScales):
-    state |= {
+    told |= {
       "nested_blocksize": q.scales.block_size,
       "nested_dtype": "float32",
       "nested_offset": float(own["nested_offset"]),
     }
     tensors[f"{name}.nested_absmax"] = own["nested_absmax"]
     tensors[f"{name}.nested_quant_map"] = codebooks.dynamic_map()
-  text = json.dumps(state).encode()
+  text = json.dumps(told).encode()
   tensors[f"{name}.{_STATE}{kind}"] = np.frombuffer(text, np.uint8)
   return tensors

@@ -7,8 +7,8 @@ Limits inside of jinja2 (on loops, on operators, on the length of the output) le
 filters and the methods of strings can do, `"%0999999999d" % 1` for one. So the operating system
 sets them: an address space of `MEMORY` bytes, and an alarm that ends the process, in whatever call
 it is. A render takes 0.03 ms, the way to the process included, and the first one 40 ms more to
-start it. The process has no other business: it reads a request, a line of JSON, writes
-an answer, another one, and ends with its input. It imports jinja2 and nothing of the library.
+start it. The process has no other business: it reads a request, a line of JSON, writes an answer,
+another one, and ends with its input. It imports jinja2 and nothing of the library.
 """
 
 import json

@@ -116,7 +116,7 @@ def load(
     if quantization is not None:
       _check_agreement(directory, frozen, planned, rules)
     return model, frozen
-  from_bitsandbytes = bool(_packing(directory, raw))
+  from_bitsandbytes = bool(packing(directory))
   with Tensors(directory) as tensors:
     reader = _Reader(tensors, model, rules, storage_dtype, place, from_bitsandbytes)
     frozen = reader.read(progress)
@@ -171,9 +171,13 @@ def _directory(path: str | os.PathLike[str]) -> Path:
   return directory
 
 
-def _packing(directory: Path, raw: Mapping[str, Any]) -> str | None:
-  """ "bitsandbytes" of a checkpoint in its 4 bits, None of a dense one."""
-  given = raw.get("quantization_config")
+def packing(directory: Path) -> str | None:
+  """Whose 4 bits a checkpoint is in, "bitsandbytes", or None of a dense one.
+
+  Raises:
+    ValueError: it is quantized in a way that is not read, with what to do instead.
+  """
+  given = read_json(directory / "config.json").get("quantization_config")
   if not given:
     return None
   method = given.get("quant_method") if isinstance(given, dict) else given
@@ -192,6 +196,18 @@ def model_shapes(model: Transformer) -> Any:
   """The tree of the model's dense base, of `jax.ShapeDtypeStruct`."""
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   return jax.eval_shape(model.init, jax.random.key(0), tokens)["frozen"]
+
+
+def matrices(
+  tensors: Tensors, model: Transformer, from_bitsandbytes: bool
+) -> dict[str, tuple[int, ...]]:
+  """The weights of a checkpoint by name, with their shapes, once all are known to be there.
+
+  Raises:
+    ValueError: a tensor that is missing, unexpected or of another shape.
+  """
+  reader = _Reader(tensors, model, {}, None, lambda _, value: value, from_bitsandbytes)
+  return {matrix.name: matrix.shape for matrix in reader.queue}
 
 
 def abstract_base(
@@ -302,7 +318,7 @@ class _Reader:
     matrices = {leaf: self._matrices(leaf) for leaf in self._shapes}
     self._check(model.config, matrices)
     self._dtypes = {leaf: self._dtype(leaf, own, storage_dtype) for leaf, own in matrices.items()}
-    self._queue = list(itertools.chain.from_iterable(matrices.values()))
+    self.queue = list(itertools.chain.from_iterable(matrices.values()))
     self._flags: collections.deque[tuple[_Rows, jax.Array]] = collections.deque()
 
   def _matrices(self, leaf: str) -> list[_Matrix]:
@@ -368,7 +384,7 @@ class _Reader:
     """The tree."""
     frozen: dict[str, Any] = {}
     stack: Any = None
-    total = sum(self._bytes(matrix) for matrix in self._queue)
+    total = sum(self._bytes(matrix) for matrix in self.queue)
     bar = tqdm.tqdm(
       total=total, unit="B", unit_scale=True, desc="reading", disable=None if progress else True
     )
@@ -408,7 +424,7 @@ class _Reader:
 
   def _runs(self) -> Iterator[_Rows]:
     """The runs of rows in the order in which they are written."""
-    for matrix in self._queue:
+    for matrix in self.queue:
       if self._packed(matrix.name) or not self._by_rows(matrix):
         yield _Rows(matrix, 0, None, True)
         continue

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -19,6 +20,7 @@ import tqdm
 from qlora_jax import tree_paths
 from qlora_jax.fingerprint import fingerprint
 from qlora_jax.hf.files import copy_tokenizer, new_directory, read_json, write_json
+from qlora_jax.hf.tensors import FLOATS
 from qlora_jax.models import families
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantized_tensor import (
@@ -30,6 +32,9 @@ from qlora_jax.quantized_tensor import (
 
 MANIFEST = "qlora_jax.json"
 _FORMAT = 1
+
+# safetensors' names of what a base has.
+_DTYPES = {"U8": np.uint8, **FLOATS}
 
 
 def is_packed(directory: Path) -> bool:
@@ -110,12 +115,14 @@ def read(
   place: Callable[[str, Any], Any],
   *,
   progress: bool,
+  headers_only: bool = False,
 ) -> dict[str, Any]:
   """The tree that `save_base` wrote.
 
   Args:
     shapes: of the model's dense tree, which the leaves must have.
     place: where a leaf goes, from its path and value.
+    headers_only: gives shapes in place of arrays, and reads none.
 
   Raises:
     FileNotFoundError, ValueError: a file or array that is missing, cut short or of another shape.
@@ -139,7 +146,7 @@ def read(
   )
   with bar:
     for path, entry in leaves.items():
-      value = _leaf(files[path], entry)
+      value = _leaf(files[path], entry, headers_only)
       if list(value.shape) != entry["shape"]:
         raise ValueError(
           f"{files[path]}: shape {list(value.shape)}; {MANIFEST} says {entry['shape']}"
@@ -149,9 +156,17 @@ def read(
   return tree_paths.nest(frozen)
 
 
-def _leaf(file: Path, entry: dict[str, Any]) -> Any:
+def _leaf(file: Path, entry: dict[str, Any], headers_only: bool) -> Any:
   try:
-    arrays: dict[str, Any] = safetensors.numpy.load_file(file)
+    if headers_only:
+      with safetensors.safe_open(file, framework="numpy") as handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}
+      arrays: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(tuple(x.get_shape()), _DTYPES[x.get_dtype()])
+        for name, x in slices.items()
+      }
+    else:
+      arrays = safetensors.numpy.load_file(file)
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
   if "bits" not in entry:

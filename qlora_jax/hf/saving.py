@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from qlora_jax.hf.files import copy_tokenizer, new_directory, write_json
 from qlora_jax.hf.tensors import INDEX, SINGLE
 from qlora_jax.models import families
 from qlora_jax.models.transformer import Transformer
+from qlora_jax.quantization import QuantizationConfig, Treatment, quantize, treatments
 from qlora_jax.quantized_tensor import NestedScales, is_quantized
 
 # Of a file; a larger model is cut into several.
@@ -174,6 +175,44 @@ def save_bitsandbytes(
     _write(directory, groups, sizes, file_bytes)
     if model.config.hf_directory:
       copy_tokenizer(Path(model.config.hf_directory), directory)
+
+
+def merge_into_bits(
+  frozen: Any, params: Any, constants: Any, rules: Mapping[str, Treatment]
+) -> Any:
+  """The base with its adapters merged in, quantized again, one dense layer at a time.
+
+  What an adapter changed is mostly smaller than the rounding to 4 bits: compare logits before
+  trusting the result.
+
+  Args:
+    frozen, params, constants: as the model reads them; an untied head stays.
+    rules: of `quantize_tree`.
+
+  Returns:
+    A tree as `frozen`, with a QuantizedTensor for each leaf that a rule quantizes.
+  """
+  trees = _flat(frozen, params, constants)
+  shapes = jax.eval_shape(lambda: lora.merge(frozen, params, constants, dtype=jnp.float32))
+  chosen = treatments(shapes, rules)
+  layers: dict[str, list[Any]] = {}
+  whole: dict[str, Any] = {}
+  for layer in _layers(trees):
+    base, own_params, own_constants = map(tree_paths.nest, _layer(trees, layer))
+    merged = tree_paths.leaves(lora.merge(base, own_params, own_constants))
+    for path, w in merged.items():
+      leaf = path if layer is None else path.replace(f"layers/{layer}/", "layers/", 1)
+      treatment = chosen[leaf]
+      if isinstance(treatment, QuantizationConfig) and tree_paths.is_matrix(path, w):
+        w = quantize(w, **dataclasses.asdict(treatment))
+      elif treatment is not None and not isinstance(treatment, QuantizationConfig):
+        w = w.astype(treatment)
+      if layer is None:
+        whole[leaf] = w
+      else:
+        layers.setdefault(leaf, []).append(w)
+  stacks = {leaf: jax.tree.map(lambda *x: jnp.stack(x), *each) for leaf, each in layers.items()}
+  return tree_paths.nest({**whole, **stacks})
 
 
 def _tensors(

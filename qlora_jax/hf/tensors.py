@@ -1,5 +1,6 @@
 """The tensors of a checkpoint by name, whichever safetensors file they lie in, row by row."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,11 @@ class Tensors:
   def dtype(self, name: str) -> str:
     """Of the tensor `name`, from the header, as safetensors spells it."""
     return self._slice(name).get_dtype()
+
+  def nbytes(self, name: str) -> int:
+    """Of the tensor `name`, from the header."""
+    bits = int(self.dtype(name).lstrip("BFIUOL") or 8)
+    return math.prod(self.shape(name)) * bits // 8
 
   def float_dtype(self, name: str) -> np.dtype:
     """Of the weight `name`, from the header.

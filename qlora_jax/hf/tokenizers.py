@@ -30,6 +30,8 @@ from qlora_jax.hf.files import read_json
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"  # normalizer_spec.add_dummy_prefix = false
 _NO_NORMALIZATION = b"\x1a\x04\x12\x00\x20\x00"  # no charsmap, remove_extra_whitespaces = false
 
+_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+
 
 class JsonTokenizer:
   """A `tokenizer.json`, and the special tokens of the files beside it.
@@ -436,8 +438,8 @@ def _read_files(directory: Path) -> _Files:
         roles |= {name: _role_token(token, where) for name, token in value.items()}
       elif isinstance(value, list):
         extra += [_role_token(token, where) for token in value]
-    # add_bos_token and its like are flags.
-    elif key.endswith("_token") and not isinstance(value, bool):
+    # Of other names, add_bos_token is a flag and num_image_token a number.
+    elif key in _ROLES or (key.endswith("_token") and isinstance(value, str | dict)):
       roles[key] = _role_token(value, where)
   special = {str(token) for token in [*roles.values(), *extra] if token is not None}
 

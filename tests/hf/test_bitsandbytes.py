@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import safetensors
 
-from qlora_jax import codebooks, dequantize, quantize
+from qlora_jax import codebooks, dequantize, quantize, quantized_matmul
 from qlora_jax.codebooks import dynamic_map
 from qlora_jax.hf.bitsandbytes import from_bitsandbytes, to_bitsandbytes
-from qlora_jax.quantized_tensor import restore_scales
+from qlora_jax.quantized_tensor import FlatQuantizedTensor, restore_scales
 
 # bitsandbytes' own tables, by its codes.
 NF4 = codebooks.get("nf4").levels
@@ -116,6 +116,7 @@ def test_both_zeros_of_fp4_keep_their_codes():
     "nf4_dq_storage_f32",
     "nf4_dq_bs128",
     "nf4_dq_bs32",
+    "nf4_dq_ragged",
   ],
 )
 def test_files_that_bitsandbytes_wrote(shared, name):
@@ -239,21 +240,42 @@ def test_what_is_not_one_matrix_is_refused():
     to_bitsandbytes(quantize(weight((2, 64, 4))))
 
 
-def test_blocks_that_bitsandbytes_lays_across_rows_are_refused():
-  q = quantize(weight((100, 5)))
+def test_our_blocks_do_not_cross_rows_as_those_of_bitsandbytes_would():
   with pytest.raises(ValueError, match="in 100 is not a multiple of block_size 64: bitsandbytes'"):
-    to_bitsandbytes(q)
-  with pytest.raises(ValueError, match="in 100 is not a multiple of block_size 64: bitsandbytes'"):
-    from_bitsandbytes(
-      np.zeros(250, np.uint8),
-      np.zeros(8, np.float32),
-      shape=(5, 100),
-      quant_type="nf4",
-      block_size=64,
-    )
+    to_bitsandbytes(quantize(weight((100, 5))))
   q = quantize(weight((96, 5)), block_size=48)
   with pytest.raises(ValueError, match="block_size 48; bitsandbytes has 32, 64"):
     to_bitsandbytes(q)
+
+
+def test_blocks_that_cross_rows_are_decoded_and_multiplied(shared):
+  with safetensors.safe_open(
+    shared / "golden" / "ondisk_formats" / "nf4_dq_ragged.safetensors", framework="numpy"
+  ) as file:
+    tensors = {key.removeprefix("layer."): file.get_tensor(key) for key in file.keys()}
+  state = json.loads(bytes(next(x for key, x in tensors.items() if "quant_state" in key)))
+  q = from_bitsandbytes(
+    tensors["weight"],
+    tensors["weight.absmax"],
+    shape=state["shape"],
+    quant_type="nf4",
+    block_size=state["blocksize"],
+    nested_absmax=tensors["weight.nested_absmax"],
+    nested_offset=state["nested_offset"],
+  )
+  assert isinstance(q, FlatQuantizedTensor)
+  dense = tensors["expected.dequant"].T
+  assert q.shape == dense.shape and q.size == dense.size
+  np.testing.assert_array_equal(dequantize(q), dense)
+  x = weight((3, q.shape[0]))
+  y, pull = jax.vjp(lambda x: quantized_matmul(x, q), x)
+  np.testing.assert_allclose(y, x @ dense, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(pull(y)[0], y @ dense.T, rtol=0, atol=1e-5)
+  # A stack of two, in a scan.
+  stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), q)
+  assert stack.shape == (2, *q.shape)
+  _, ys = jax.lax.scan(lambda c, w: (c, quantized_matmul(x, w)), None, stack)
+  np.testing.assert_array_equal(ys[1], y)
 
 
 @pytest.mark.parametrize(

@@ -717,6 +717,20 @@ def test_a_family_that_has_no_such_layer(tmp_path):
     hf.load_adapter(tmp_path / "adapter", frozen, model=llama)
 
 
+def test_a_module_is_saved_with_its_bias(tmp_path):
+  # PEFT asks for all weights of a module that it trains in full.
+  model, frozen = make("qwen2")
+  cfg = LoRAConfig(rank=4, targets=("*/mlp/*",), modules_to_save=("layers/*/attn/q/kernel",))
+  params, constants = adapter(frozen, cfg)
+  hf.save_adapter(tmp_path / "adapter", params, constants, cfg, frozen=frozen)
+  bias = read(tmp_path / "adapter")[1]["base_model.model.model.layers.1.self_attn.q_proj.bias"]
+  np.testing.assert_array_equal(bias, frozen["layers"]["attn"]["q"]["bias"][1])
+  again, fixed, _ = hf.load_adapter(tmp_path / "adapter", frozen)
+  np.testing.assert_array_equal(
+    logits(model, frozen, again, fixed), logits(model, frozen, params, constants)
+  )
+
+
 def test_some_layers_in_full(tmp_path):
   # A stack is trained as a whole: the others take the base's weights.
   _, frozen = make("llama")

@@ -139,6 +139,7 @@ def test_vocab_size_is_above_every_id(tmp_path):
   "config",
   [
     {"tokenizer_config": {"bos_token": "<s>", "eos_token": None}},
+    {"tokenizer_config": {"bos_token": "<s>", "num_image_token": 256, "add_bos_token": True}},
     {"tokenizer_config": {"bos_token": {"content": "<s>", "lstrip": False}}},
     {"tokenizer_config": {}, "special_tokens_map": {"bos_token": "<s>"}},
   ],

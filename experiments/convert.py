@@ -150,6 +150,7 @@ def _merge(arguments: argparse.Namespace) -> None:
   if arguments.quantize:
     rules = checkpoint.default_rules(QuantizationConfig(arguments.quantize))
     merged = saving.merge_into_bits(frozen, params, constants, rules)
+    model = saving.untied(model, merged)
     if live is not None:
       # Before anything is written.
       print(_shift(live, _logits(model, {"params": {}, "constants": {}, "frozen": merged})))

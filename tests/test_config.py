@@ -65,6 +65,9 @@ EVERYTHING_CHANGED = {
     "dropout": 0.25,
     "rank_pattern": {"*/q": 2, "layers/*/a.b": 3},
     "alpha_pattern": {"*/attn/*": 4.0},
+    "use_dora": True,
+    "lora_bias": True,
+    "modules_to_save": ["head"],
   },
   "data": {
     "path": "rows.jsonl",

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qlora_jax.hf import checkpoint
+from experiments import convert
+from qlora_jax import hf
+from qlora_jax.models import families
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +25,7 @@ SHORT = ["--config.train.steps=2", "--config.optimizer.warmup_steps=1"]
 def test_no_block_escapes():
   assert {language for language, _ in BLOCKS} == {"bash", "python", "text"}
   for language, text in BLOCKS:
-    if language == "bash" and "experiments.run" not in text:
+    if language == "bash" and "-m experiments." not in text:
       # Set-up: .ci/run runs the marked blocks as they stand.
       assert re.search(rf"<!-- ci: [\w-]+ -->\n```bash\n{re.escape(text)}", README)
   assert not re.search(r"\b[A-Z]+_(TABLE|LINE)\b", README), "a placeholder"
@@ -32,11 +34,13 @@ def test_no_block_escapes():
 @pytest.mark.slow
 def test_python_blocks(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
+  # A block adds a family.
+  monkeypatch.setitem(families.FAMILIES, "seed_oss", None)
   config = TransformerConfig(64, 32, 48, 2, 2, 1, 16)
   model = Transformer(config, dtype=jnp.float32)
   dense = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
   (tmp_path / "path/to").mkdir(parents=True)
-  checkpoint.save(tmp_path / "path/to/llama", model, dense, dtype=jnp.float32)
+  hf.save(tmp_path / "path/to/llama", model, dense, dtype=jnp.float32)
   namespace = {}
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # Optax mixes
     for language, text in BLOCKS:
@@ -44,6 +48,10 @@ def test_python_blocks(tmp_path, monkeypatch, capsys):
         exec(text, namespace)
   assert capsys.readouterr().out.startswith("4.")
   assert namespace["logits"].shape == (1, 4, 64)
+  raw = {"model_type": "seed_oss", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 9}
+  raw |= {"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+  added = families.read_config(raw)
+  assert added.attention_bias and not added.output_bias and added.head_dim == 8
   assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
   assert (tmp_path / "merged" / "model.safetensors").exists()
 
@@ -54,7 +62,24 @@ def commands() -> list[list[str]]:
   for language, text in BLOCKS:
     if language == "bash":
       lines += [shlex.split(line) for line in text.replace("\\\n", " ").splitlines()]
-  return [line for line in lines if "experiments.run" in line]
+  return [line for line in lines if "-m" in line and line[2] == "experiments.run"]
+
+
+def test_conversions(shared, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  text = next(text for language, text in BLOCKS if "experiments.convert" in text)
+  for line in text.replace("\\\n", " ").splitlines():
+    words = shlex.split(line)[3:]
+    words = [str(tmp_path / word) if word.startswith("runs/") else word for word in words]
+    words = [word.replace("../shared", str(shared)) for word in words]
+    assert convert.main(words) == 0, capsys.readouterr().err
+  found = capsys.readouterr().out
+  block = next(text for language, text in BLOCKS if "logits of a sample" in text)
+  # The figures that the README shows; the last digit may differ by machine.
+  for shown, printed in zip(
+    re.findall(r"up to (\S+)", block), re.findall(r"up to (\S+)", found), strict=True
+  ):
+    assert abs(float(shown) / float(printed) - 1) < 0.02
 
 
 def test_the_commands_are_found():

@@ -46,8 +46,9 @@ _DTYPES = ("bfloat16", "float16", "float32")
 # Of the file, read at once. Smaller ones cost a dispatch each, larger ones memory.
 _CHUNK_BYTES = 64 << 20
 
-# Runs of rows that are read ahead, and those whose quantization may be under way.
-_READ_AHEAD = 2
+# Runs of rows that are read ahead, by as many threads, and those whose quantization may be under
+# way.
+_READ_AHEAD = 3
 _IN_FLIGHT = 2
 
 _REQUANTIZED = {
@@ -430,7 +431,9 @@ class _Reader:
         continue
       rows, *rest = matrix.shape
       size = math.prod(rest) * self._tensors.float_dtype(matrix.name).itemsize
-      step = max(1, _CHUNK_BYTES // max(size, 1))
+      # Of one size, where it can be: each size is a program of its own.
+      parts = -(-rows // max(1, _CHUNK_BYTES // max(size, 1)))
+      step = -(-rows // parts)
       for start in range(0, rows, step):
         yield _Rows(matrix, start, min(start + step, rows), start + step >= rows)
 
@@ -456,7 +459,7 @@ class _Reader:
 
   def _ahead(self, runs: Iterable[_Rows]) -> Generator[tuple[_Rows, Any]]:
     """The runs with what was read of each, reading the next ones meanwhile."""
-    with concurrent.futures.ThreadPoolExecutor(1, "reader") as pool:
+    with concurrent.futures.ThreadPoolExecutor(_READ_AHEAD, "reader") as pool:
       pending: collections.deque[tuple[_Rows, concurrent.futures.Future]] = collections.deque()
       try:
         for rows in runs:

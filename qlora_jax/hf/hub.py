@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
 
@@ -42,7 +42,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
   # ValueError: what some versions raise for an id or a revision of bad form.
   except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    offline = " (offline mode is on)" if huggingface_hub.constants.HF_HUB_OFFLINE else ""
+    offline = " (offline mode is on)" if constants.HF_HUB_OFFLINE else ""
     raise FileNotFoundError(
       f"{text}: no such directory, and not to be had from the hub{offline}: {reason}"
     ) from None

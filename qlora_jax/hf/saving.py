@@ -95,10 +95,9 @@ def save_merged(
     return tree_paths.leaves(lora.merge(*group, dtype=dtype))
 
   shapes = [jax.eval_shape(functools.partial(merge, layer)) for layer in layers]
+  model = untied(model, shapes[-1])
   config = model.config
-  if config.tie_embeddings and "head/kernel" in shapes[-1]:
-    config = dataclasses.replace(config, tie_embeddings=False)
-  names = _names(model.clone(config=config), shapes)
+  names = _names(model, shapes)
   groups = (_tensors(merge(layer), functools.partial(_dense, names=names)) for layer in layers)
   with new_directory(path) as directory:
     write_json(directory / "config.json", families.hf_config(config, dtype.name))
@@ -175,6 +174,18 @@ def save_bitsandbytes(
     _write(directory, groups, sizes, file_bytes)
     if model.config.hf_directory:
       copy_tokenizer(Path(model.config.hf_directory), directory)
+
+
+def untied(model: Transformer, merged: Any) -> Transformer:
+  """The model that reads `merged`: untied where that has a head of its own.
+
+  Args:
+    merged: a base, nested or by path.
+  """
+  paths = tree_paths.leaves(merged, is_leaf=is_quantized)
+  if not model.config.tie_embeddings or "head/kernel" not in paths:
+    return model
+  return model.clone(config=dataclasses.replace(model.config, tie_embeddings=False))
 
 
 def merge_into_bits(

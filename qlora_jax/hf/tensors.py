@@ -1,5 +1,6 @@
 """The tensors of a checkpoint by name, whichever safetensors file they lie in, row by row."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ class Tensors:
   def __init__(self, directory: Path):
     self.directory = directory
     self._open: dict[Path, Any] = {}
+    self._offsets: dict[Path, dict[str, int]] = {}
     index = directory / INDEX
     if (directory / SINGLE).exists():
       single = directory / SINGLE
@@ -124,11 +126,38 @@ class Tensors:
     return jnp.dtype(FLOATS[dtype])
 
   def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Rows `start` … `stop` of the tensor `name`, copied out of the file."""
-    try:
-      return self._slice(name)[start:stop]
-    except safetensors.SafetensorError as error:
-      raise ValueError(f"{self.where(name)}: cannot be read ({error})") from None
+    """Rows `start` … `stop` of the weight `name`, read from the file.
+
+    Threads may call it at once. By reads of the file rather than of a mapping of it: a mapping is
+    read page by page, at half the disk's speed, and with Python's lock held (both measured).
+    """
+    shape, dtype = self.shape(name), self.float_dtype(name)
+    start, stop, _ = slice(start, stop).indices(shape[0])
+    rows = np.empty((stop - start, *shape[1:]), dtype)
+    file = self._files[self._stored(name)]
+    offset = self._offset(file, self._stored(name)) + start * math.prod(shape[1:]) * dtype.itemsize
+    view = memoryview(rows.reshape(-1).view(np.uint8))
+    with open(file, "rb", buffering=0) as handle:
+      handle.seek(offset)
+      while view:
+        count = handle.readinto(view)
+        if not count:
+          raise ValueError(f"{self.where(name)}: cannot be read (the file ends before it)")
+        view = view[count:]
+    return rows
+
+  def _offset(self, file: Path, stored: str) -> int:
+    """Where a tensor begins in its file. safetensors has checked the header when it opened it."""
+    if file not in self._offsets:
+      with open(file, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+      self._offsets[file] = {
+        name: 8 + length + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+      }
+    return self._offsets[file][stored]
 
   def get(self, name: str) -> np.ndarray:
     """The whole tensor `name`, of any dtype that numpy has."""

@@ -1,7 +1,7 @@
 """Rotary position embeddings: their frequencies, and the ways of stretching them.
 
 Each class below is one `rope_type` of transformers, with the fields of config.json under their
-names there. h is the rotated width of a head, L the longest position of a call plus one.
+names there. h is the rotated width of a head, L the longest position of a row plus one.
 """
 
 import dataclasses
@@ -32,7 +32,9 @@ class Linear:
 class Dynamic:
   """A base that grows with the length of the call, past `max_position_embeddings` (NTK).
 
-  The longest row of a call sets the frequencies of all its rows, as in transformers.
+  Each row by its own length. (transformers takes the longest of a batch, padding included, so that
+  a row's logits depend on its neighbours.) Past that length, a KV cache of several layers holds
+  what they made of shorter rows: only one layer's generation is the full forward to the digit.
   """
 
   factor: float
@@ -40,10 +42,11 @@ class Dynamic:
 
   def __call__(self, theta: float, width: int, length: Any) -> tuple[Any, float]:
     """As `Linear`."""
-    length = jnp.maximum(length, self.max_position_embeddings).astype(jnp.float32)
+    length = jnp.maximum(jnp.atleast_1d(length)[:, None], self.max_position_embeddings)
+    length = length.astype(jnp.float32)
     stretch = self.factor * length / self.max_position_embeddings - (self.factor - 1)
     base = theta * stretch ** (width / (width - 2))
-    return base ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width), 1.0
+    return base ** (-jnp.arange(0, width, 2, dtype=jnp.float32)[None] / width), 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Llama3:
 class LongRope:
   """A factor for each frequency: one list up to the original context, another past it.
 
-  The longest row of a call chooses for all its rows, as in transformers.
+  Each row by its own length; see `Dynamic`.
 
   References:
     Ding et al., LongRoPE, 2024, https://arxiv.org/abs/2402.13753.
@@ -135,12 +138,13 @@ class LongRope:
   def __call__(self, theta: float, width: int, length: Any) -> tuple[Any, float]:
     """As `Linear`."""
     long, short = np.asarray([self.long_factor, self.short_factor], np.float32)
-    factors = jnp.where(length > self.original_max_position_embeddings, long, short)
+    is_long = jnp.atleast_1d(length)[:, None] > self.original_max_position_embeddings
+    factors = jnp.where(is_long, long[None], short[None])
     scale = self.attention_factor
     if scale is None:
       original = math.log(self.original_max_position_embeddings)
       scale = math.sqrt(1 + math.log(self.factor) / original) if self.factor > 1 else 1.0
-    return _plain(theta, width) / factors, scale
+    return _plain(theta, width)[None] / factors, scale
 
 
 RopeScaling = Linear | Dynamic | Yarn | Llama3 | LongRope
@@ -189,7 +193,8 @@ class Rope:
 
     Args:
       head_dim: of the head.
-      length: L, may be traced; read only where `depends_on_length`.
+      length: L, one number or `[B]`, may be traced; read only where `depends_on_length`. The
+        frequencies are then `[1 or B, h / 2]`.
     """
     width = self.width or head_dim
     if self.scaling is None:
@@ -202,7 +207,9 @@ class Rope:
   ) -> tuple[jax.Array, jax.Array]:
     """The cosines and sines of `[B, T]` positions, `[B, T, h / 2]` float32; see `frequencies`."""
     frequencies, factor = self.frequencies(head_dim, length)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
+    # [1 or B, 1, h / 2]
+    frequencies = frequencies.reshape(-1, 1, frequencies.shape[-1])
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles) * np.float32(factor), jnp.sin(angles) * np.float32(factor)
 
 

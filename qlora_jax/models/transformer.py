@@ -358,7 +358,9 @@ class Transformer(nn.Module):
       positions, keys, seen = self._positions(tokens, segment_ids, positions)
     else:
       positions, keys, seen = self._cached_positions(tokens, segment_ids, positions, cache)
-    rotary, mask = self._by_kind(positions, keys["positions"], seen)
+    segments = keys.get("segment_ids", segment_ids)
+    real = True if segments is None else segments != 0
+    rotary, mask = self._by_kind(positions, keys["positions"], real, seen)
     kind = None
     if len(self.config.kinds) > 1:
       kind = jnp.asarray(self.config.kind_of_layer, jnp.int32)
@@ -411,10 +413,16 @@ class Transformer(nn.Module):
     keys = {"segment_ids": slots, "positions": write("positions", positions)}
     return positions, keys, same & (slot <= own)[None]
 
-  def _by_kind(self, positions, key_positions, seen):
-    """The rotary angles and the mask of each kind of layer, stacked where there are several."""
+  def _by_kind(self, positions, key_positions, real, seen):
+    """The rotary angles and the mask of each kind of layer, stacked where there are several.
+
+    Args:
+      real: `[B, S]`, which keys are no padding; True for all.
+    """
     config = self.config
-    length = key_positions.max() + 1
+    length = None
+    if config.rotates_cached_keys:
+      length = key_positions.max(-1, where=real, initial=0) + 1
     turned = {"q": positions, "k": key_positions if config.rotates_cached_keys else positions}
     width = next((kind.rope.width for kind in config.kinds if kind.rope), None) or config.head_dim
 

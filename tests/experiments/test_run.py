@@ -352,7 +352,7 @@ def test_a_base_that_another_process_made_meanwhile_is_used(capsys, tmp_path, mo
     raise FileExistsError(path)
 
   monkeypatch.setattr(base, "fit", lambda state, **kwargs: state)
-  monkeypatch.setattr(base.checkpoint, "save", made_meanwhile)
+  monkeypatch.setattr(base.hf, "save", made_meanwhile)
   cfg = PretrainConfig(steps=1, num_documents=2, hidden_size=8, num_heads=2, num_kv_heads=1)
   assert [base.trained_base(cfg)] == saved
   assert "made by another process" in capsys.readouterr().out

@@ -532,6 +532,28 @@ def test_experts_of_unlike_rank_are_refused(tmp_path):
     hf.load_adapter(tmp_path / "adapter", frozen)
 
 
+@pytest.mark.parametrize("more", [(), ("layers/*/router",), ("*/attn/*",)])
+def test_peft_computes_the_same_of_experts(tmp_path, more):
+  # transformers 5 keeps all experts in one tensor; PEFT converts the pairs of version 4's modules.
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  theirs = pytest.importorskip("peft")
+  model, frozen = make("mixtral")
+  cfg = LoRAConfig(rank=4, targets=("*/mlp/*", *more))
+  params, constants = adapter(frozen, cfg)
+  ours = logits(model, frozen, params, constants)
+  assert np.abs(ours - logits(model, frozen)).max() > 1e-2
+  hf.save(tmp_path / "base", model, frozen)
+  hf.save_adapter(tmp_path / "adapter", params, constants, cfg, frozen=frozen)
+  dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+  opened = theirs.PeftModel.from_pretrained(dense, tmp_path / "adapter").eval()
+  tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, VOCABULARY)
+  with torch.no_grad():
+    expected = opened(torch.from_numpy(np.array(tokens, np.int64))).logits.numpy()
+  atol = 2e-6 * np.abs(expected).max() + LOGITS
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=atol)
+
+
 # A vocabulary that is not the base's.
 
 

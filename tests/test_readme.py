@@ -32,10 +32,10 @@ def test_no_block_escapes():
 
 
 @pytest.mark.slow
-def test_python_blocks(tmp_path, monkeypatch, capsys):
+def test_python_blocks(tmp_path, monkeypatch, capsys, request):
   monkeypatch.chdir(tmp_path)
   # A block adds a family.
-  monkeypatch.setitem(families.FAMILIES, "seed_oss", None)
+  request.addfinalizer(lambda: families.FAMILIES.pop("seed_oss", None))
   config = TransformerConfig(64, 32, 48, 2, 2, 1, 16)
   model = Transformer(config, dtype=jnp.float32)
   dense = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]

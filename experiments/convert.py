@@ -50,7 +50,11 @@ def _parser() -> argparse.ArgumentParser:
   quantize.add_argument(
     "--double_quantization", action=argparse.BooleanOptionalAction, default=True
   )
-  quantize.add_argument("--dtype", help="of the weights that stay; the files' own by default")
+  quantize.add_argument(
+    "--dtype",
+    choices=("float32", "bfloat16", "float16"),
+    help="of the weights that stay; the files' own by default",
+  )
   quantize.add_argument(
     "--format",
     choices=("packed", "bitsandbytes"),
@@ -89,13 +93,37 @@ def main(argv: Sequence[str]) -> int:
   arguments = _parser().parse_args(argv)
   commands = {"inspect": _inspect, "quantize": _quantize, "merge": _merge, "adapter": _adapter}
   try:
-    if arguments.command != "inspect" and arguments.out.exists() and not arguments.overwrite:
-      raise FileExistsError(f"{arguments.out}: exists already; give another, or --overwrite")
+    if arguments.command != "inspect":
+      _check_out(arguments)
     commands[arguments.command](arguments)
   except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   return 0
+
+
+# What a directory that may be replaced holds at least one of.
+_OURS = ("config.json", "adapter_config.json")
+
+
+def _check_out(arguments: argparse.Namespace) -> None:
+  """Refuses an OUT whose replacement would lose something else.
+
+  Raises:
+    FileExistsError: it is there, and --overwrite was not given.
+    ValueError: it is no model or adapter, or it holds what is to be read.
+  """
+  out = arguments.out
+  if not os.path.lexists(out):
+    return
+  if not arguments.overwrite:
+    raise FileExistsError(f"{out}: exists already; give another, or --overwrite")
+  if out.is_symlink() or not any((out / name).is_file() for name in _OURS):
+    raise ValueError(f"{out}: --overwrite replaces a directory with a model or an adapter alone")
+  for name in ("model", "adapter", "source", "base"):
+    source = getattr(arguments, name, None)
+    if source and Path(source).resolve().is_relative_to(out.resolve()):
+      raise ValueError(f"{out}: holds {source}, which is to be read; give another OUT")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -109,7 +137,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
   import jax.numpy as jnp
 
   from qlora_jax import QuantizationConfig, hf, memory
-  from qlora_jax.hf import checkpoint
+  from qlora_jax.hf import checkpoint, hub
   from qlora_jax.models.transformer import Transformer
 
   config = QuantizationConfig(
@@ -121,10 +149,14 @@ def _quantize(arguments: argparse.Namespace) -> None:
   if arguments.format == "bitsandbytes" and config.codebook not in ("nf4", "fp4"):
     raise ValueError(f"--codebook: {config.codebook!r}; bitsandbytes has nf4 and fp4 alone")
   if arguments.dry_run:
-    model = Transformer(checkpoint.read_config(arguments.model))
+    directory = hub.resolve(arguments.model)
+    model = Transformer(checkpoint.read_config(directory))
+    checkpoint.packing(directory)
     rules = checkpoint.default_rules(config)
     planned = checkpoint.abstract_base(model, rules, arguments.dtype or jnp.bfloat16)
-    print(f"{arguments.out}: {_size(memory.tree_bytes(planned))} would be written")
+    size = _size(memory.tree_bytes(planned))
+    what = arguments.dtype or "bfloat16"
+    print(f"{arguments.out}: {size} would be written, with the weights that stay in {what}")
     return
   model, frozen = hf.load(arguments.model, config, storage_dtype=arguments.dtype)
   save = hf.save_bitsandbytes if arguments.format == "bitsandbytes" else hf.save_base
@@ -231,7 +263,11 @@ def _write(arguments: argparse.Namespace, write: Callable[[Path], None]) -> None
   new, old = (out.with_name(f".{out.name}.{token}.{state}") for state in ("new", "old"))
   write(new)
   os.rename(out, old)
-  os.rename(new, out)
+  try:
+    os.rename(new, out)
+  except BaseException:
+    os.rename(old, out)
+    raise
   shutil.rmtree(old)
 
 

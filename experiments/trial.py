@@ -35,7 +35,7 @@ from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.train import SignalGuard, TrainState, fit, init_state, make_train_step
 
 
-class RunDirectoryError(Exception):
+class RunDirectoryError(ValueError):
   """A run directory that cannot be used; one line says why."""
 
 

@@ -277,3 +277,13 @@ def _equal_mass16(_):
     tuple(q / quantiles[-1] for q in quantiles),
     reference="medians of 16 bins of equal mass under N(0, 1)",
   )
+
+
+def name_of(levels: np.ndarray, block_size: int) -> str | None:
+  """The registered name of a table, `[..., 2**bits]`, all of whose rows are alike; else None."""
+  rows = levels.reshape(-1, levels.shape[-1])
+  for name in names():
+    table = get(name, block_size).table
+    if len(table) == rows.shape[-1] and (rows == table).all():
+      return name
+  return None

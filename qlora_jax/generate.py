@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from qlora_jax.models.transformer import Transformer, init_cache
 
@@ -14,10 +15,10 @@ from qlora_jax.models.transformer import Transformer, init_cache
 def generate(
   model: Transformer,
   variables: dict[str, Any],
-  prompt: jax.Array,
+  prompt: ArrayLike,
   *,
   max_new_tokens: int,
-  segment_ids: jax.Array | None = None,
+  segment_ids: ArrayLike | None = None,
   temperature: float = 0.0,
   key: jax.Array | None = None,
   eos_id: int | None = None,

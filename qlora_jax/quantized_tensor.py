@@ -17,7 +17,6 @@ each plane; the three bytes lie in three consecutive runs of rows.
 
 import dataclasses
 import math
-from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -190,7 +189,7 @@ _register(FlatQuantizedTensor, ["flat"], ["features"])
 AnyQuantizedTensor = QuantizedTensor | FlatQuantizedTensor
 
 
-def is_quantized(x: object) -> TypeGuard[AnyQuantizedTensor]:
+def is_quantized(x: object) -> bool:
   """For `is_leaf=`: treats a packed weight as one leaf."""
   return isinstance(x, QuantizedTensor | FlatQuantizedTensor)
 

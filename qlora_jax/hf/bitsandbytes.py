@@ -50,8 +50,7 @@ def quant_type(q: AnyQuantizedTensor) -> str:
     for name in _CODES:
       if np.array_equal(levels, codebooks.get(name).table):
         return name
-  tables = ((name, codebooks.get(name, q.block_size).table) for name in codebooks.names())
-  name = next((name for name, table in tables if np.array_equal(levels, table)), "a custom table")
+  name = codebooks.name_of(levels, q.block_size) or "a custom table"
   raise ValueError(f"to_bitsandbytes: codebook {name}: bitsandbytes decodes nf4 and fp4 alone")
 
 
@@ -219,9 +218,12 @@ def state(tensors: Tensors, name: str) -> dict[str, Any]:
   """What bitsandbytes says of the packed weight `name`: its table, blocks and shape."""
   key = next(key for key in names(tensors, name) if _STATE in key)
   try:
-    return json.loads(bytes(tensors.get(key)).decode())
+    told = json.loads(bytes(tensors.get(key)).decode())
   except ValueError as error:
     raise ValueError(f"{tensors.where(key)}: not JSON ({error})") from None
+  if not isinstance(told, dict):
+    raise ValueError(f"{tensors.where(key)}: a JSON {type(told).__name__}; an object is wanted")
+  return told
 
 
 def read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> AnyQuantizedTensor:
@@ -244,6 +246,15 @@ def read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> AnyQuantizedTen
     nested = f"{name}.nested_absmax" in tensors
     kind = told["quant_type"]
     # bitsandbytes decodes by its own table, whatever the file says.
+    for key in ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ())):
+      if f"{name}.{key}" not in tensors:
+        raise ValueError(f"{key} is missing beside it")
+      if not np.isfinite(tensors.get(f"{name}.{key}")).all():
+        raise ValueError(f"{key} holds a value that is not finite")
+    if nested and not np.allclose(
+      tensors.get(f"{name}.nested_quant_map"), codebooks.dynamic_map(), atol=1e-6
+    ):
+      raise ValueError("its nested_quant_map is not bitsandbytes' dynamic map")
     stored = tensors.get(f"{name}.quant_map")
     if kind in _CODES and not np.allclose(stored, _table(kind), atol=1e-6):
       raise ValueError(f"its quant_map is not the table of {kind}")
@@ -283,6 +294,10 @@ def arrays(name: str, q: AnyQuantizedTensor, dtype: str) -> dict[str, np.ndarray
     f"{name}.quant_map": _table(kind),
   }
   if isinstance(q.scales, NestedScales):
+    if q.scales.block_size != 256:
+      raise ValueError(
+        f"{name}: nested blocks of {q.scales.block_size}; bitsandbytes computes with 256 alone"
+      )
     told |= {
       "nested_blocksize": q.scales.block_size,
       "nested_dtype": "float32",

@@ -114,6 +114,12 @@ def load(
 
   if packed.is_packed(directory):
     frozen = packed.read(directory, model_shapes(model), place, progress=progress)
+    if storage_dtype is not None:
+      frozen = jax.tree.map(
+        lambda leaf: leaf if is_quantized(leaf) else leaf.astype(storage_dtype),
+        frozen,
+        is_leaf=is_quantized,
+      )
     if quantization is not None:
       _check_agreement(directory, frozen, planned, rules)
     return model, frozen
@@ -182,7 +188,7 @@ def packing(directory: Path) -> str | None:
   if not given:
     return None
   method = given.get("quant_method") if isinstance(given, dict) else given
-  if method == "bitsandbytes" and given.get("load_in_4bit"):
+  if method == "bitsandbytes" and isinstance(given, dict) and given.get("load_in_4bit"):
     return method
   if method == "bitsandbytes":
     method = "bitsandbytes in 8 bits"
@@ -347,6 +353,10 @@ class _Reader:
         wanted |= dict.fromkeys(bitsandbytes.names(self._tensors, matrix.name))
     tied = self._names["head/kernel"] if config.tie_embeddings else None
     self._tensors.check(wanted, ignored=[tied] if tied else ())
+    if self._from_bitsandbytes and not any(map(self._packed, wanted)):
+      raise ValueError(
+        f"{self._tensors.directory}: config.json says bitsandbytes' 4 bits, and no tensor is packed"
+      )
     for matrix in itertools.chain.from_iterable(matrices.values()):
       if not self._packed(matrix.name):
         self._tensors.float_dtype(matrix.name)

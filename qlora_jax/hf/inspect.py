@@ -53,7 +53,8 @@ def _model(directory: Path) -> Iterator[str]:
   except ValueError as error:
     yield f"a model that is not supported: {error}"
     return
-  method = (raw.get("quantization_config") or {}).get("quant_method")
+  given = raw.get("quantization_config") or {}
+  method = given.get("quant_method") if isinstance(given, dict) else given
   kind = "packed base of qlora_jax" if packed.is_packed(directory) else "checkpoint"
   architecture = families.family(config.model_type).architecture
   yield f"{kind}{f', {method}' if method else ''}: {architecture}"
@@ -74,7 +75,7 @@ def _model(directory: Path) -> Iterator[str]:
     else:
       yield from _tensors(directory, Transformer(config))
   except (ValueError, OSError) as error:
-    yield f"not whole: {error}"
+    yield f"cannot be read: {error}"
     return
   yield "whole: every tensor that the config asks for is there, in its shape"
 

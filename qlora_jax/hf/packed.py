@@ -2,7 +2,7 @@
 
 A directory with the model's config.json, a manifest, and one safetensors file for each leaf of
 the base, stacked over layers, with its arrays (`codes`, `scales`, …) under their paths in the
-leaf. A leaf can be opened onto any sharding: a device reads its own part of the file.
+leaf.
 """
 
 import os
@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 import tqdm
 
-from qlora_jax import tree_paths
+from qlora_jax import codebooks, tree_paths
 from qlora_jax.fingerprint import fingerprint
 from qlora_jax.hf.files import copy_tokenizer, new_directory, read_json, write_json
 from qlora_jax.hf.tensors import FLOATS
@@ -90,6 +90,8 @@ def _statics(value: Any) -> dict[str, Any]:
   if isinstance(value, FlatQuantizedTensor):
     return {"features": value.features, **_statics(value.flat)}
   statics = {name: getattr(value, name) for name in ("bits", "block_size", "padding")}
+  # For readers: the table itself is among the arrays.
+  statics["codebook"] = codebooks.name_of(np.asarray(value.levels), value.block_size) or "custom"
   if isinstance(value.scales, NestedScales):
     statics["nested_block_size"] = value.scales.block_size
   return statics
@@ -185,7 +187,7 @@ def _packed_leaf(file: Path, entry: dict[str, Any], arrays: dict[str, Any]) -> Q
       )
     else:
       scales = arrays["scales"]
-    return QuantizedTensor(
+    leaf = QuantizedTensor(
       codes=arrays["codes"],
       scales=scales,
       levels=arrays["levels"],
@@ -194,3 +196,11 @@ def _packed_leaf(file: Path, entry: dict[str, Any], arrays: dict[str, Any]) -> Q
     )
   except KeyError as error:
     raise ValueError(f"{file}: {error} is missing") from None
+  *leading, k, n = leaf.shape
+  blocks = -(-k // leaf.block_size)
+  fits = tuple(scales.shape) == (*leading, blocks, n) and leaf.levels.shape[-1] == 2**leaf.bits
+  if isinstance(scales, NestedScales):
+    fits = fits and scales.absmax.shape[-1] == -(-blocks * n // scales.block_size)
+  if not fits:
+    raise ValueError(f"{file}: its arrays do not fit {MANIFEST}, block_size {leaf.block_size}")
+  return leaf

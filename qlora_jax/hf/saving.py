@@ -1,7 +1,7 @@
 """Models written as Hugging Face directories: dense, merged, or in bitsandbytes' 4 bits.
 
-Tensors are made one layer at a time and written a file at a time, so that a model far larger than
-memory can be merged.
+Tensors are made one layer at a time and written a file at a time: beside the base that is given, a
+dense layer and a file are held.
 """
 
 import dataclasses

@@ -47,6 +47,10 @@ class Tensors:
       weight_map = read_json(index).get("weight_map")
       if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: has no weight_map; it says which file holds which tensor")
+      for name, file in weight_map.items():
+        # Of this directory: nothing else is opened on a file's word.
+        if not isinstance(file, str) or Path(file).name != file:
+          raise ValueError(f"{index}: {name}: {file!r}; the name of a file beside it is wanted")
       self._files = {name: directory / file for name, file in weight_map.items()}
       # A shard that is missing or cut short is found now, not after half an hour of the others.
       for file in sorted(set(self._files.values())):

@@ -86,23 +86,40 @@ def _only(raw: Mapping[str, Any], name: str, *supported: Any) -> None:
 # Rotary positions.
 
 
-def _rope(
-  raw: Mapping[str, Any], head_dim: int, kind_of_layer: str | None = None, theta: float = 10000.0
-) -> Rope:
-  """Of a kind of layer, from transformers 5's `rope_parameters` or 4's two fields."""
+def _rope_fields(raw: Mapping[str, Any], kind_of_layer: str | None = None) -> Mapping[str, Any]:
+  """transformers 5's `rope_parameters`, of a kind of layer, or 4's `rope_scaling`."""
   fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-  if kind_of_layer is not None and kind_of_layer in fields:
+  if isinstance(fields, Mapping) and kind_of_layer is not None and kind_of_layer in fields:
     fields = fields[kind_of_layer] or {}
+  if not isinstance(fields, Mapping):
+    raise ValueError(f"config.json: rope_parameters: {fields!r}; an object is wanted")
+  return fields
+
+
+def _rope(
+  raw: Mapping[str, Any],
+  head_dim: int,
+  kind_of_layer: str | None = None,
+  theta: float = 10000.0,
+  partly: bool = False,
+) -> Rope:
+  """Of a kind of layer; `partly` where the family may rotate a part of a head."""
+  fields = _rope_fields(raw, kind_of_layer)
   if nested := [name for name, value in fields.items() if isinstance(value, Mapping)]:
     raise ValueError(
       f"config.json: rope_parameters: one for each of {', '.join(nested)} is not supported in a "
       f"{raw.get('model_type')} model; one for all layers is"
     )
-  theta = float(fields.get("rope_theta") or raw.get("rope_theta") or theta)
+  theta = fields.get("rope_theta") or raw.get("rope_theta") or theta
+  theta = _checked("rope_theta", theta, float)
+  if not partly:
+    # transformers applies it in phi3 alone, of these families.
+    for each in (raw, fields):
+      _only(each, "partial_rotary_factor", 1.0, None)
   partial = fields.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
   width = int(head_dim * _checked("partial_rotary_factor", partial, float))
   kind = fields.get("rope_type", fields.get("type", "default"))
-  if kind != "default" and kind not in SCALINGS:
+  if not isinstance(kind, str) or kind not in ("default", *SCALINGS):
     known = ", ".join(["default", *SCALINGS])
     raise ValueError(f"config.json: rope_type: {kind!r} is not supported; known: {known}")
   rest = {
@@ -119,7 +136,9 @@ def _rope(
       f"config.json: rope_parameters: {next(iter(rest))}: unknown of rope_type default"
     )
   try:
-    return Rope(theta, None if width == head_dim else width, scaling)
+    # LongRope has a list of factors as long as its width.
+    whole = width == head_dim and not isinstance(scaling, LongRope)
+    return Rope(theta, None if whole else width, scaling)
   except ValueError as error:
     raise ValueError(f"config.json: {error}") from None
 
@@ -181,7 +200,7 @@ def _decoder(
   _only(raw, "attention_dropout", 0.0, None)
   _only(raw, "is_causal", True, None)
   name = raw.get(activation) or own.pop("default_activation", "silu")
-  if name not in ACTIVATIONS:
+  if not isinstance(name, str) or name not in ACTIVATIONS:
     known = ", ".join(ACTIVATIONS)
     raise ValueError(f"config.json: {activation}: {name!r} is not supported; {known} are")
   own.pop("default_activation", None)
@@ -222,11 +241,25 @@ def _layer_types(raw: Mapping[str, Any], default: Callable[[int], bool]) -> list
       f"config.json: layer_types: {named!r}; one for each of {count} layers is wanted"
     )
   for name in named:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
       raise ValueError(
         f"config.json: layer_types: {name!r} is not supported; {', '.join(known)} are"
       )
   return [known[name] for name in named]
+
+
+def _interval(raw: Mapping[str, Any], name: str, default: int) -> int:
+  every = _integer(raw, name, default)
+  if every < 1:
+    raise ValueError(f"config.json: {name}: {every}; at least 1")
+  return every
+
+
+def _query_scale(raw: Mapping[str, Any]) -> float:
+  scalar = _typed(raw, "query_pre_attn_scalar", float, 256.0)
+  if not scalar > 0:
+    raise ValueError(f"config.json: query_pre_attn_scalar: {scalar}; above 0")
+  return scalar**-0.5
 
 
 def _windowed(raw: Mapping[str, Any], sliding: list[bool], window: int | None, head_dim: int):
@@ -301,7 +334,7 @@ def _gemma2(raw: Mapping[str, Any]) -> TransformerConfig:
     activation="hidden_activation",
     layer_pattern=_windowed(raw, sliding, window, _head_dim(raw, 256)),
     post_norms=True,
-    query_scale=_typed(raw, "query_pre_attn_scalar", float, 256.0) ** -0.5,
+    query_scale=_query_scale(raw),
     attention_softcap=_optional(raw, "attn_logit_softcapping", float, 50.0),
     final_softcap=_optional(raw, "final_logit_softcapping", float, 30.0),
     **_gemma_fields(raw),
@@ -312,7 +345,7 @@ def _gemma3(raw: Mapping[str, Any]) -> TransformerConfig:
   # transformers 5.24 has the field and does not apply it; no published Gemma 3 sets it.
   _only(raw, "attn_logit_softcapping", None)
   width = _head_dim(raw, 256)
-  every = raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6
+  every = _interval(raw, "sliding_window_pattern", _interval(raw, "_sliding_window_pattern", 6))
   sliding = _layer_types(raw, lambda layer: (layer + 1) % every != 0)
   if raw.get("rope_parameters"):
     far, near = (
@@ -331,7 +364,7 @@ def _gemma3(raw: Mapping[str, Any]) -> TransformerConfig:
     ),
     post_norms=True,
     qk_norm="head",
-    query_scale=_typed(raw, "query_pre_attn_scalar", float, 256.0) ** -0.5,
+    query_scale=_query_scale(raw),
     final_softcap=_optional(raw, "final_logit_softcapping", float, None),
     **_gemma_fields(raw),
   )
@@ -340,7 +373,7 @@ def _gemma3(raw: Mapping[str, Any]) -> TransformerConfig:
 def _phi3(raw: Mapping[str, Any]) -> TransformerConfig:
   for name in ("resid_pdrop", "embd_pdrop"):
     _only(raw, name, 0.0, None)
-  fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+  fields = _rope_fields(raw)
   if fields.get("rope_type", fields.get("type", "default")) not in ("default", "longrope", "su"):
     raise ValueError("config.json: rope_type: a phi3 model has 'longrope' or none")
   raw = {"original_max_position_embeddings": 4096, **raw}
@@ -348,7 +381,7 @@ def _phi3(raw: Mapping[str, Any]) -> TransformerConfig:
   return _decoder(
     raw,
     norm_eps=1e-5,
-    layer_pattern=(LayerKind(window, _rope(raw, _head_dim(raw))),),
+    layer_pattern=(LayerKind(window, _rope(raw, _head_dim(raw), partly=True)),),
     fused_projections=True,
   )
 
@@ -368,7 +401,7 @@ def _olmo2(raw: Mapping[str, Any]) -> TransformerConfig:
 
 def _smollm3(raw: Mapping[str, Any]) -> TransformerConfig:
   count = _integer(raw, "num_hidden_layers")
-  every = _integer(raw, "no_rope_layer_interval", 4)
+  every = _interval(raw, "no_rope_layer_interval", 4)
   rotated = raw.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(count)]
   if len(rotated) != count:
     raise ValueError(f"config.json: no_rope_layers: {rotated}; one for each of {count} layers")
@@ -513,7 +546,7 @@ def family(model_type: str) -> Family:
   Raises:
     ValueError: an unknown one, listing the known.
   """
-  if model_type not in FAMILIES:
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
     near = difflib.get_close_matches(str(model_type), FAMILIES, 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ValueError(

@@ -175,6 +175,10 @@ class Rope:
   scaling: RopeScaling | None = None
 
   def __post_init__(self):
+    factor = getattr(self.scaling, "factor", 1.0)
+    for name, value in {"rope_theta": self.theta, "factor": factor}.items():
+      if not 0 < value < math.inf:
+        raise ValueError(f"{name}: {value}; above 0")
     if self.width is not None and (self.width < 2 or self.width % 2):
       raise ValueError(f"rope.width: {self.width}; pairs are rotated, so it is even and at least 2")
     if isinstance(self.scaling, LongRope) and self.width is not None:

@@ -106,6 +106,10 @@ class TransformerConfig:
       raise ValueError(
         f"num_kv_heads: {self.num_kv_heads}; divides num_heads, which is {self.num_heads}"
       )
+    for name in ("norm_eps", "embedding_scale", "attention_softcap", "final_softcap"):
+      value = getattr(self, name)
+      if value is not None and not 0 < value < float("inf"):
+        raise ValueError(f"{name}: {value}; above 0")
     if self.head_dim % 2:
       raise ValueError(f"head_dim: {self.head_dim}; rotary embeddings rotate pairs, so it is even")
     if self.activation not in ACTIVATIONS:

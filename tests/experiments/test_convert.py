@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import huggingface_hub
 import jax
@@ -39,7 +40,7 @@ def run(capsys, *arguments):
   return status, captured.out, captured.err
 
 
-def logits_of(path, adapter=None, **kwargs):
+def logits_of(path, adapter=None, **kwargs) -> Any:
   model, frozen = hf.load(path, dtype=jnp.float32, **kwargs)
   params, constants = {}, {}
   if adapter is not None:
@@ -72,9 +73,16 @@ def test_nothing_is_overwritten_untold(directory, tmp_path, capsys):
   out = tmp_path / "packed"
   out.mkdir()
   (out / "mine").write_text("x")
+  status, _, error = run(capsys, "quantize", directory / "model", out, "--overwrite")
+  assert status == 2 and "replaces a directory with a model or an adapter alone" in error
+  (out / "config.json").write_text("{}")
   status, _, error = run(capsys, "quantize", directory / "model", out, "--block_size", 32)
   assert status == 2 and "exists already; give another, or --overwrite" in error
   assert (out / "mine").read_text() == "x"
+  # Nor what is to be read.
+  model = directory / "model"
+  status, _, error = run(capsys, "quantize", model, model, "--overwrite")
+  assert status == 2 and "which is to be read" in error and (model / "model.safetensors").exists()
   # One that fails leaves the old.
   status, _, error = run(capsys, "quantize", tmp_path / "absent", out, "--overwrite")
   assert status == 2 and (out / "mine").exists()
@@ -109,6 +117,11 @@ def test_merge_into_few_bits_says_what_it_moves(directory, tmp_path, capsys):
   assert 0.01 < moved < 10 * float(jnp.abs(logits_of(tmp_path / "m") - expected).max())
 
 
+def test_adapter_of_what_is_no_run(tmp_path, capsys):
+  status, _, error = run(capsys, "adapter", tmp_path / "absent", tmp_path / "out")
+  assert status == 2 and "no run with checkpoints" in error
+
+
 def test_adapter_is_read_and_written_again(directory, tmp_path, capsys):
   source, out = directory / "adapter", tmp_path / "again"
   status, _, error = run(capsys, "adapter", source, out)
@@ -127,7 +140,7 @@ def test_inspect_says_what_is_missing(directory, tmp_path, capsys):
     (copy / file.name).write_bytes(file.read_bytes())
   weights = copy / "model.safetensors"
   weights.write_bytes(weights.read_bytes()[:-8])
-  assert "not whole: " in run(capsys, "inspect", copy)[1]
+  assert "cannot be read: " in run(capsys, "inspect", copy)[1]
   status, _, error = run(capsys, "inspect", tmp_path / "absent")
   assert status == 2 and "no such directory" in error
 

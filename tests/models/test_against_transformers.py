@@ -1,6 +1,7 @@
 """Ten random small models of each family, with random weights, against transformers in float32."""
 
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -170,6 +171,7 @@ def test_logits_of_random_models(model_type, tmp_path, record_property):
   for index in range(DRAWS):
     directory = tmp_path / str(index)
     theirs = build(model_type, 7, index, directory)
+    ours: Any
     ours, frozen = hf.load(directory)
     variables = {"params": {}, "constants": {}, "frozen": frozen}
     rng = np.random.default_rng(index)

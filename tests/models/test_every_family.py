@@ -62,7 +62,7 @@ def config_of(model_type, **fields):
 
 
 @functools.cache
-def model_and_base(model_type):
+def model_and_base(model_type) -> tuple[Any, Any]:
   model = Transformer(config_of(model_type), jnp.float32)
   rng = np.random.default_rng(0)
 
@@ -80,7 +80,7 @@ def test_every_family_is_here():
   assert set(FIELDS) == set(families.FAMILIES)
 
 
-def one_layer(model, frozen):
+def one_layer(model, frozen) -> tuple[Any, Any]:
   """Frequencies that depend on the length: deeper layers' caches are of the length they had."""
   config = config_of(model.config.model_type, num_hidden_layers=1)
   first = {**frozen, "layers": jax.tree.map(lambda w: w[:1], frozen["layers"])}
@@ -187,7 +187,7 @@ def test_experts_are_what_a_loop_over_tokens_gives():
   rng = np.random.default_rng(4)
   x = rng.standard_normal((300, 32))
   logits = rng.standard_normal((300, 5)) * 2
-  module = Experts(5, 2, 16, True, "silu", jnp.float32, None)
+  module: Any = Experts(5, 2, 16, True, "silu", jnp.float32, None)
   first = jax.tree.map(lambda w: w[0], experts)
   y = module.apply({"frozen": first}, jnp.asarray(x, jnp.float32), jnp.asarray(logits, jnp.float32))
   expected = np.zeros_like(x)
@@ -204,7 +204,7 @@ def test_experts_are_what_a_loop_over_tokens_gives():
 @pytest.mark.parametrize("model_type", ["gemma3_text", "gemma2", "smollm3", "qwen2"])
 def test_a_model_of_60_layers_lowers_to_the_program_of_one_of_12(model_type):
   def text(layers):
-    model = Transformer(config_of(model_type, num_hidden_layers=layers), jnp.float32)
+    model: Any = Transformer(config_of(model_type, num_hidden_layers=layers), jnp.float32)
     frozen = model_shapes(model)
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
 

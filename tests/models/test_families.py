@@ -139,7 +139,21 @@ def test_hf_config_round_trips(config):
       "rope_parameters: mrope_section: unknown of rope_type 'linear'",
     ),
     ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "factor: unknown of rope_type"),
-    ({"partial_rotary_factor": 0.2}, "rope.width: 3; pairs are rotated"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
+    ({"rope_parameters": "linear"}, "rope_parameters: 'linear'; an object is wanted"),
+    ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta: -1.0; above 0"),
+    ({"rms_norm_eps": -1.0}, "norm_eps: -1.0; above 0"),
+    (
+      {
+        "rope_parameters": {
+          "rope_type": "longrope",
+          "short_factor": [1.0],
+          "long_factor": [2.0],
+          "original_max_position_embeddings": 8,
+        }
+      },
+      "short_factor: 1 factors; 8 pairs are rotated",
+    ),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one for each of full_atten"),
     ({"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported"),
     ({"vocab_size": None}, "vocab_size: missing; a llama config has it"),

@@ -77,10 +77,17 @@ def save_base(
       {
         "format": _FORMAT,
         "source": source,
+        "revision": _revision(model.config.hf_directory),
         "fingerprint": fingerprint(frozen),
         "leaves": leaves,
       },
     )
+
+
+def _revision(directory: str | None) -> str | None:
+  """The commit of a directory in huggingface_hub's cache, `…/snapshots/COMMIT`."""
+  path = Path(directory or "")
+  return path.name if path.parent.name == "snapshots" else None
 
 
 def _statics(value: Any) -> dict[str, Any]:

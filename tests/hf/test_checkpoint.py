@@ -192,7 +192,11 @@ def test_read_in_runs_of_rows_equals_read_whole(saved, monkeypatch, rules):
   # Five rows of 32 columns: no run is a whole matrix, and the last of a matrix is shorter.
   monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 5 * 32 * 4)
   _, parts = hf.load(saved, rules)
-  assert_same(parts, whole)
+  assert jax.tree.structure(parts) == jax.tree.structure(whole)
+  for x, y in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+    assert x.dtype == y.dtype
+    # The mean of the scales is a sum in another order on JAX 0.10: its last bit may differ.
+    np.testing.assert_allclose(x, y, rtol=3e-7 if x.dtype == jnp.float32 else 0, atol=0)
   assert len(reads) > 2 * len(read_tensors(saved))
   # Each byte once.
   assert sum(size for _, size in reads) == sum(x.nbytes for x in read_tensors(saved).values())

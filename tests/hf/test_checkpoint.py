@@ -195,8 +195,8 @@ def test_read_in_runs_of_rows_equals_read_whole(saved, monkeypatch, rules):
   assert jax.tree.structure(parts) == jax.tree.structure(whole)
   for x, y in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
     assert x.dtype == y.dtype
-    # The mean of the scales is a sum in another order on JAX 0.10: its last bit may differ.
-    np.testing.assert_allclose(x, y, rtol=3e-7 if x.dtype == jnp.float32 else 0, atol=0)
+    # The mean of the scales is a sum in another order on JAX 0.10: its last bits may differ.
+    np.testing.assert_allclose(x, y, rtol=0, atol=5e-7 if x.dtype == jnp.float32 else 0)
   assert len(reads) > 2 * len(read_tensors(saved))
   # Each byte once.
   assert sum(size for _, size in reads) == sum(x.nbytes for x in read_tensors(saved).values())

@@ -51,7 +51,8 @@ class Writer:
     if not self._base:
       # Experts have an axis more.
       axes = {
-        weight: np.ndim(flat.get(f"{layer}/lora_a")) - 2 for layer, weight in self._weights.items()
+        weight: np.ndim(flat.get(f"{layer}/lora_a", 0)) - 2
+        for layer, weight in self._weights.items()
       }
       candidates = [
         names

@@ -140,7 +140,7 @@ class Tensors:
     rows = np.empty((stop - start, *shape[1:]), dtype)
     file = self._files[self._stored(name)]
     offset = self._offset(file, self._stored(name)) + start * math.prod(shape[1:]) * dtype.itemsize
-    view = memoryview(rows.reshape(-1).view(np.uint8))
+    view: Any = memoryview(rows.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
     with open(file, "rb", buffering=0) as handle:
       handle.seek(offset)
       while view:

@@ -136,7 +136,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _quantize(arguments: argparse.Namespace) -> None:
   import jax.numpy as jnp
 
-  from qlora_jax import QuantizationConfig, hf, memory
+  from qlora_jax import QuantizationConfig, hf, memory, tree_paths
   from qlora_jax.hf import checkpoint, hub
   from qlora_jax.models.transformer import Transformer
 
@@ -154,7 +154,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     checkpoint.packing(directory)
     rules = checkpoint.default_rules(config)
     planned = checkpoint.abstract_base(model, rules, arguments.dtype or jnp.bfloat16)
-    size = _size(memory.tree_bytes(planned))
+    size = _size(tree_paths.tree_bytes(planned))
     what = arguments.dtype or "bfloat16"
     print(f"{arguments.out}: {size} would be written, with the weights that stay in {what}")
     return
@@ -162,7 +162,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
   save = hf.save_bitsandbytes if arguments.format == "bitsandbytes" else hf.save_base
   _write(arguments, lambda path: save(path, model, frozen))
   bits = memory.quantized_bits(frozen)
-  print(f"{arguments.out}: {_size(memory.tree_bytes(frozen))}, {bits:.3f} bits a quantized weight")
+  print(
+    f"{arguments.out}: {_size(tree_paths.tree_bytes(frozen))}, {bits:.3f} bits a quantized weight"
+  )
 
 
 def _merge(arguments: argparse.Namespace) -> None:

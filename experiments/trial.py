@@ -21,7 +21,17 @@ import jax
 import numpy as np
 
 from experiments.base import architecture, trained_base
-from qlora_jax import codebooks, data, environment, hf, lora, memory, optimizers, synthetic
+from qlora_jax import (
+  codebooks,
+  data,
+  environment,
+  hf,
+  lora,
+  memory,
+  optimizers,
+  synthetic,
+  tree_paths,
+)
 from qlora_jax import config as config_lib
 from qlora_jax.checkpoints import Checkpoints
 from qlora_jax.config import ExperimentConfig
@@ -188,14 +198,11 @@ def run_stage(
 ) -> Stage:
   """Loads the base, trains adapters on it from the last checkpoint on, evaluates, saves them."""
   started = time.monotonic()
-  model, frozen = load_base(config, base, quantization)
+  model, frozen, optimizer, state = _start(config, base, quantization)
   train = config.train
-  optimizer = optimizers.make(config.optimizer, train.steps)
-  params, constants = lora.init(jax.random.key(config.seed), frozen, config.lora)
-  state = init_state(params, constants, optimizer, seed=config.seed, dtype=model.dtype)
   directory.mkdir(parents=True, exist_ok=True)
   # Orbax writes a new checkpoint before it drops the oldest.
-  check_disk(directory, (train.keep_checkpoints + 1) * memory.tree_bytes(state))
+  check_disk(directory, (train.keep_checkpoints + 1) * tree_paths.tree_bytes(state))
 
   def loss(params, constants) -> float:
     return held_out_loss(
@@ -252,13 +259,24 @@ def run_stage(
   return Stage(
     loss_before=loss_before,
     loss_after=evaluate(state),
-    base_bytes=memory.tree_bytes(frozen),
+    base_bytes=tree_paths.tree_bytes(frozen),
     bits=float(_bits(config)) if bits is None else bits,
-    adapter_bytes=memory.tree_bytes(state.params),
-    optimizer_bytes=memory.tree_bytes(state.opt_state),
+    adapter_bytes=tree_paths.tree_bytes(state.params),
+    optimizer_bytes=tree_paths.tree_bytes(state.opt_state),
     trained_parameters=lora.count(state.params, state.constants),
     seconds_this_process=time.monotonic() - started,
   )
+
+
+def _start(
+  config: ExperimentConfig, base: Path, quantization: QuantizationConfig | None
+) -> tuple[Transformer, Any, Any, TrainState]:
+  """The model, its base, the optimizer, and the state before the first step."""
+  model, frozen = load_base(config, base, quantization)
+  optimizer = optimizers.make(config.optimizer, config.train.steps)
+  params, constants = lora.init(jax.random.key(config.seed), frozen, config.lora)
+  state = init_state(params, constants, optimizer, seed=config.seed, dtype=model.dtype)
+  return model, frozen, optimizer, state
 
 
 def save_adapter(
@@ -300,10 +318,7 @@ def export_adapter(workdir: Path, path: Path) -> int:
     raise RunDirectoryError(f"{workdir}: no run with checkpoints")
   config = config_lib.from_json_dict(read_json(workdir / "config.json"))
   base = Path(config.model.path) if config.model.path else trained_base(config.pretrain)
-  model, frozen = load_base(config, base, config.quantization)
-  optimizer = optimizers.make(config.optimizer, config.train.steps)
-  params, constants = lora.init(jax.random.key(config.seed), frozen, config.lora)
-  state = init_state(params, constants, optimizer, seed=config.seed, dtype=model.dtype)
+  model, frozen, _, state = _start(config, base, config.quantization)
   with Checkpoints(
     workdir / "checkpoints",
     keep=config.train.keep_checkpoints,

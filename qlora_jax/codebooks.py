@@ -11,7 +11,7 @@ import difflib
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -281,9 +281,9 @@ def _equal_mass16(_):
 
 def name_of(levels: np.ndarray, block_size: int) -> str | None:
   """The registered name of a table, `[..., 2**bits]`, all of whose rows are alike; else None."""
-  rows = levels.reshape(-1, levels.shape[-1])
-  for name in names():
-    table = get(name, block_size).table
-    if len(table) == rows.shape[-1] and (rows == table).all():
-      return name
-  return None
+  return next((name for name in names() if is_table(levels, get(name, block_size).table)), None)
+
+
+def is_table(levels: Any, table: np.ndarray) -> bool:
+  """Whether all rows of `levels`, `[..., 2**bits]`, are `table`."""
+  return levels.shape[-1] == len(table) and bool((np.asarray(levels) == table).all())

@@ -37,11 +37,6 @@ class Footprint:
   state: TrainState
 
 
-def tree_bytes(tree: Any) -> int:
-  """Of all leaves, arrays or shapes."""
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def quantized_bits(frozen: Any) -> float | None:
   """Bits a weight, scales and tables included, over the quantized weights; None without any."""
   packed = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_quantized) if is_quantized(leaf)]
@@ -86,9 +81,9 @@ def footprint(
     compiled = step.lower(state, frozen, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
   analysis = compiled.memory_analysis()
   return Footprint(
-    base=tree_bytes(frozen),
-    adapters=tree_bytes(state.params),
-    optimizer=tree_bytes(state.opt_state),
+    base=tree_paths.tree_bytes(frozen),
+    adapters=tree_paths.tree_bytes(state.params),
+    optimizer=tree_paths.tree_bytes(state.opt_state),
     activations=analysis.temp_size_in_bytes,
     frozen=frozen,
     state=state,

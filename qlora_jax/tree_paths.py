@@ -96,3 +96,8 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
       node = node.setdefault(parent, {})
     node[name] = value
   return tree
+
+
+def tree_bytes(tree: Any) -> int:
+  """Of all leaves, arrays or shapes."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

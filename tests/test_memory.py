@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import qlora_jax as ql
-from qlora_jax import lora, memory, optimizers, train
+from qlora_jax import lora, memory, optimizers, train, tree_paths
 from qlora_jax.config import OptimizerConfig
 from qlora_jax.hf import checkpoint
 from qlora_jax.models.transformer import Transformer, TransformerConfig
@@ -24,7 +24,7 @@ def frozen():
 def test_bytes_and_bits_are_counted():
   packed = ql.quantize(jnp.ones((128, 64)), double_quantization=False)
   # 4096 bytes of codes, 2 × 64 float32 scales, 16 levels.
-  assert memory.tree_bytes({"a": packed, "b": jnp.ones(3)}) == 4096 + 512 + 64 + 12
+  assert tree_paths.tree_bytes({"a": packed, "b": jnp.ones(3)}) == 4096 + 512 + 64 + 12
   assert memory.quantized_bits({"a": packed, "b": jnp.ones(3)}) == 8 * (4096 + 512 + 64) / 8192
   assert memory.quantized_bits({"b": jnp.ones(3)}) is None
 
@@ -52,9 +52,9 @@ def test_shapes_alone_give_the_real_bytes(frozen):
   params, constants = lora.init(jax.random.key(0), frozen, lora.LoRAConfig(rank=4))
   optimizer = optimizers.make(OptimizerConfig(), 10)
   state = train.init_state(params, constants, optimizer, seed=0, dtype=jnp.float32)
-  assert counted.base == memory.tree_bytes(frozen)
-  assert counted.adapters == memory.tree_bytes(state.params)
-  assert counted.optimizer == memory.tree_bytes(state.opt_state)
+  assert counted.base == tree_paths.tree_bytes(frozen)
+  assert counted.adapters == tree_paths.tree_bytes(state.params)
+  assert counted.optimizer == tree_paths.tree_bytes(state.opt_state)
 
 
 def test_shapes_of_a_base_that_no_machine_here_holds():
@@ -65,7 +65,7 @@ def test_shapes_of_a_base_that_no_machine_here_holds():
   bits = memory.quantized_bits(abstract)
   assert bits is not None
   assert bits == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=1e-4)
-  assert memory.tree_bytes(abstract) == layers * bits / 8 + 2 * others
+  assert tree_paths.tree_bytes(abstract) == layers * bits / 8 + 2 * others
 
 
 def test_activations_grow_with_the_batch():

@@ -245,26 +245,25 @@ def read(tensors: Tensors, name: str, shape: tuple[int, ...]) -> AnyQuantizedTen
       raise ValueError(f"shape {told['shape']}; the config asks for {list(shape)}")
     nested = f"{name}.nested_absmax" in tensors
     kind = told["quant_type"]
-    # bitsandbytes decodes by its own table, whatever the file says.
-    for key in ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ())):
+    beside = {}
+    for key in _ARRAYS if nested else _ARRAYS[:2]:
       if f"{name}.{key}" not in tensors:
         raise ValueError(f"{key} is missing beside it")
-      if not np.isfinite(tensors.get(f"{name}.{key}")).all():
+      beside[key] = tensors.get(f"{name}.{key}")
+      if not np.isfinite(beside[key]).all():
         raise ValueError(f"{key} holds a value that is not finite")
-    if nested and not np.allclose(
-      tensors.get(f"{name}.nested_quant_map"), codebooks.dynamic_map(), atol=1e-6
-    ):
+    if nested and not np.allclose(beside["nested_quant_map"], codebooks.dynamic_map(), atol=1e-6):
       raise ValueError("its nested_quant_map is not bitsandbytes' dynamic map")
-    stored = tensors.get(f"{name}.quant_map")
-    if kind in _CODES and not np.allclose(stored, _table(kind), atol=1e-6):
+    # bitsandbytes decodes by its own table, whatever the file says.
+    if kind in _CODES and not np.allclose(beside["quant_map"], _table(kind), atol=1e-6):
       raise ValueError(f"its quant_map is not the table of {kind}")
     return from_bitsandbytes(
       tensors.get(name),
-      tensors.get(f"{name}.absmax"),
+      beside["absmax"],
       shape=told["shape"],
       quant_type=kind,
       block_size=told["blocksize"],
-      nested_absmax=tensors.get(f"{name}.nested_absmax") if nested else None,
+      nested_absmax=beside.get("nested_absmax"),
       nested_offset=told["nested_offset"] if nested else None,
       nested_block_size=told.get("nested_blocksize", 256),
     )

@@ -39,7 +39,7 @@ from qlora_jax.quantization import (
   quantize_tree,
   treatments,
 )
-from qlora_jax.quantized_tensor import AnyQuantizedTensor, NestedScales, is_quantized
+from qlora_jax.quantized_tensor import NestedScales, is_quantized
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -243,18 +243,13 @@ def _check_agreement(
     if isinstance(asked, QuantizationConfig):
       want = f"{asked.codebook}, {want}"
       table = codebooks.get(asked.codebook, asked.block_size).table
-      same = is_quantized(found[path]) and _has_table(found[path], table)
+      same = is_quantized(found[path]) and codebooks.is_table(found[path].levels, table)
       have = f"{asked.codebook if same else 'another codebook'}, {have}"
     if have != want:
       raise ValueError(
         f"{directory}: {tree_paths.module(path)}: stored as {have}; the quantization that was "
         f"asked for is {want}; leave it out to take the base as it is, or quantize the original"
       )
-
-
-def _has_table(q: AnyQuantizedTensor, table: np.ndarray) -> bool:
-  levels = np.asarray(q.levels).reshape(-1, q.levels.shape[-1])
-  return levels.shape[-1] == len(table) and bool((levels == table).all())
 
 
 def describe(leaf: Any) -> str:
@@ -330,20 +325,10 @@ class _Reader:
 
   def _matrices(self, leaf: str) -> list[_Matrix]:
     shape, name = self._shapes[leaf], self._names[leaf]
-    counts = [key for key in ("{layer}", "{expert}") if key in name]
-    leading, own = shape[: len(counts)], shape[len(counts) :]
+    own = shape[len(families.axes_of(name)) :]
     stored = own[::-1] if leaf.endswith("/kernel") else own
-    indices = list(itertools.product(*map(range, leading)))
-    return [
-      _Matrix(
-        leaf,
-        name.format(**dict(zip(("layer", "expert"), index, strict=False))),
-        index,
-        stored,
-        last=index == indices[-1],
-      )
-      for index in indices
-    ]
+    named = list(families.tensor_names(name, shape))
+    return [_Matrix(leaf, one, index, stored, last=index == named[-1][0]) for index, one in named]
 
   def _check(self, config: TransformerConfig, matrices: Mapping[str, list[_Matrix]]) -> None:
     wanted: dict[str, tuple[int, ...] | None] = {}
@@ -422,16 +407,15 @@ class _Reader:
 
   def _stack(self, matrix: _Matrix) -> "_Stack":
     shape, leaf = self._shapes[matrix.leaf], matrix.leaf
-    leading = shape[: len(matrix.index)]
     if self._packed(matrix.name):
-      return _PackedStack(leading)
+      return _PackedStack(shape[: len(matrix.index)])
     dtype = self._dtypes[leaf]
     transposed = leaf.endswith("/kernel")
     if dtype is not None:
       return _DenseStack(shape, dtype, transposed)
     treatment = self._treatments[leaf]
     assert isinstance(treatment, QuantizationConfig)
-    return _QuantizedStack(shape, treatment, transposed, leading)
+    return _QuantizedStack(shape, treatment, transposed)
 
   def _runs(self) -> Iterator[_Rows]:
     """The runs of rows in the order in which they are written."""
@@ -543,6 +527,11 @@ def _put(stack: jax.Array, value: jax.Array, index: tuple, at: tuple) -> jax.Arr
   return jax.lax.dynamic_update_slice(stack, value, (*index, *at))
 
 
+def _put_whole(stack: Any, one: Any, index: tuple) -> Any:
+  """Writes the tree of one matrix into that of a stack."""
+  return jax.tree.map(lambda s, x: _put(s, x, index, (0,) * x.ndim), stack, one)
+
+
 class _QuantizedStack(_Stack):
   """Of packed weights."""
 
@@ -551,7 +540,6 @@ class _QuantizedStack(_Stack):
     shape: tuple[int, ...],
     config: QuantizationConfig,
     transposed: bool,
-    leading: tuple[int, ...],
   ):
     like = jax.eval_shape(
       lambda w: quantize(w, **dataclasses.asdict(config)), jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -560,7 +548,6 @@ class _QuantizedStack(_Stack):
     self._config = config
     self._transposed = transposed
     self._scales: jax.Array | None = None
-    self._whole = len(leading)
 
   def write(self, rows, value, flags):
     index = rows.matrix.index
@@ -587,7 +574,7 @@ class _QuantizedStack(_Stack):
 def _write_matrix(stack, rows, index, config, transposed):
   good = in_range(rows).all()
   one = quantize(rows.T if transposed else rows, **dataclasses.asdict(config))
-  return jax.tree.map(lambda s, x: _put(s, x, index, (0,) * x.ndim), stack, one), good
+  return _put_whole(stack, one, index), good
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
@@ -621,8 +608,7 @@ def _write_columns_beside(stack, scales, rows, index, start, config):
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_scales(stack, scales, index):
   nested = nest_scales(scales, stack.scales.block_size)
-  put = jax.tree.map(lambda s, x: _put(s, x, index, (0,) * x.ndim), stack.scales, nested)
-  return dataclasses.replace(stack, scales=put)
+  return dataclasses.replace(stack, scales=_put_whole(stack.scales, nested, index))
 
 
 class _PackedStack(_Stack):
@@ -647,4 +633,4 @@ class _PackedStack(_Stack):
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_packed(stack, one, index):
-  return jax.tree.map(lambda s, x: _put(s, x, index, (0,) * x.ndim), stack, one)
+  return _put_whole(stack, one, index)

@@ -5,9 +5,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import safetensors
 
@@ -25,7 +23,8 @@ _ADAPTER = "adapter_config.json"
 def inspect(path: str | os.PathLike[str]) -> str:
   """Describes a directory in a few lines: kind, family, sizes, which tensors in how many bits.
 
-  Reads headers alone. A model or an adapter that is not whole is described with the reason.
+  Reads headers, and a tied head that is there beside its table, to compare them. A model or an
+  adapter that is not whole is described with the reason.
 
   Raises:
     FileNotFoundError: no such directory.
@@ -84,9 +83,7 @@ def _tensors(directory: Path, model: Transformer) -> Iterator[str]:
   from_bitsandbytes = bool(checkpoint.packing(directory))
   with Tensors(directory) as tensors:
     matrices = checkpoint.matrices(tensors, model, from_bitsandbytes)
-    rows: collections.Counter[str] = collections.Counter()
-    weights: collections.Counter[str] = collections.Counter()
-    size: collections.Counter[str] = collections.Counter()
+    rows = []
     for name, shape in matrices.items():
       if from_bitsandbytes and bitsandbytes.is_packed(tensors, name):
         state = bitsandbytes.state(tensors, name)
@@ -97,33 +94,30 @@ def _tensors(directory: Path, model: Transformer) -> Iterator[str]:
       else:
         dtype = tensors.float_dtype(name)
         kind, nbytes = dtype.name, math.prod(shape) * dtype.itemsize
-      rows[kind] += 1
-      weights[kind] += math.prod(shape)
-      size[kind] += nbytes
-  yield from _table(rows, weights, size)
+      rows.append((kind, math.prod(shape), nbytes))
+  yield from _table(rows)
 
 
 def _packed(directory: Path, model: Transformer) -> Iterator[str]:
   manifest = packed.read_manifest(directory)
   shapes = checkpoint.model_shapes(model)
   frozen = packed.read(directory, shapes, lambda _, leaf: leaf, progress=False, headers_only=True)
-  rows: collections.Counter[str] = collections.Counter()
-  weights: collections.Counter[str] = collections.Counter()
-  size: collections.Counter[str] = collections.Counter()
+  rows = []
   for leaf in tree_paths.leaves(frozen, is_leaf=is_quantized).values():
     kind = checkpoint.describe(leaf) if is_quantized(leaf) else jnp.dtype(leaf.dtype).name
-    rows[kind] += 1
-    weights[kind] += leaf.size
-    size[kind] += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaf))
+    rows.append((kind, leaf.size, tree_paths.tree_bytes(leaf)))
   yield f"made from {manifest['source']}, fingerprint {manifest['fingerprint']}"
-  yield from _table(rows, weights, size)
+  yield from _table(rows)
 
 
-def _table(rows: Any, weights: Any, size: Any) -> Iterator[str]:
-  for kind, count in rows.items():
+def _table(rows: list[tuple[str, int, int]]) -> Iterator[str]:
+  """A line a kind, from (kind, weights, bytes) of each tensor."""
+  for kind in dict.fromkeys(kind for kind, _, _ in rows):
+    sizes = [(weights, nbytes) for own, weights, nbytes in rows if own == kind]
+    weights, nbytes = (sum(each) for each in zip(*sizes, strict=True))
     yield (
-      f"{count} tensors, {weights[kind]:,} weights, {_size(size[kind])}: {kind} "
-      f"({8 * size[kind] / weights[kind]:.3f} bits a weight)"
+      f"{len(sizes)} tensors, {weights:,} weights, {_size(nbytes)}: {kind} "
+      f"({8 * nbytes / weights:.3f} bits a weight)"
     )
 
 

@@ -23,11 +23,12 @@ import safetensors.numpy
 
 from qlora_jax import lora, tree_paths
 from qlora_jax.hf.files import new_directory, read_json, write_json
-from qlora_jax.hf.peft_names import CONFIG, WEIGHTS, Names, base_names, tensor_names
+from qlora_jax.hf.peft_names import CONFIG, WEIGHTS, Names, base_names
 from qlora_jax.hf.peft_reading import Reader, check_config
 from qlora_jax.hf.peft_writing import Writer, card_text
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.matmul import quantized_matmul
+from qlora_jax.models.families import tensor_names
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantized_tensor import is_quantized
 

@@ -1,13 +1,12 @@
 """How PEFT's files name the modules and tensors of an adapter, and where in a base they belong."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-import numpy as np
 
 from qlora_jax import lora, tree_paths
 from qlora_jax.models import families
+from qlora_jax.models.families import tensor_names
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantized_tensor import is_quantized
 
@@ -64,18 +63,6 @@ class Names:
       if tree_paths.is_matrix(place.path, flat[place.path])
     }
     self.names = {place: name for name, place in self.modules.items()}
-
-
-def axes_of(template: str) -> list[str]:
-  """The leading axes of a leaf with this name."""
-  return [axis for axis in ("layer", "expert") if f"{{{axis}}}" in template]
-
-
-def tensor_names(template: str, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
-  """(index in the stack, name) of each tensor of a leaf of this shape."""
-  axes = axes_of(template)
-  for index in np.ndindex(*shape[: len(axes)]):
-    yield index, template.format(**dict(zip(axes, index, strict=True)))
 
 
 def base_names(frozen: Any, model: Transformer | None) -> Names:

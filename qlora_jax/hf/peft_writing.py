@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from qlora_jax import lora
-from qlora_jax.hf.peft_names import PREFIX, TENSORS, axes_of, ends_with, families_of, tensor_names
+from qlora_jax.hf.peft_names import PREFIX, TENSORS, ends_with, families_of
 from qlora_jax.lora import HEAD, TABLE, LoRAConfig
+from qlora_jax.models.families import axes_of, tensor_names
 from qlora_jax.models.transformer import Transformer
 
 

@@ -101,7 +101,7 @@ def save_merged(
   groups = (_tensors(merge(layer), functools.partial(_dense, names=names)) for layer in layers)
   with new_directory(path) as directory:
     write_json(directory / "config.json", families.hf_config(config, dtype.name))
-    _write(directory, groups, [_bytes(shape) for shape in shapes], file_bytes)
+    _write(directory, groups, [tree_paths.tree_bytes(shape) for shape in shapes], file_bytes)
     if config.hf_directory:
       copy_tokenizer(Path(config.hf_directory), directory)
 
@@ -146,7 +146,7 @@ def save_bitsandbytes(
       nested.add(isinstance(w.scales, NestedScales))
   if len(kinds) > 1 or len(nested) > 1:
     raise ValueError("save_bitsandbytes: projections packed in several ways; config.json has one")
-  sizes = [_bytes(_layer(trees, layer)[0]) for layer in layers]
+  sizes = [tree_paths.tree_bytes(_layer(trees, layer)[0]) for layer in layers]
   names = _names(model, (_layer(trees, layer)[0] for layer in layers))
 
   def write(path: str, w: Any) -> dict[str, np.ndarray]:
@@ -300,10 +300,6 @@ def _dense(path: str, w: Any, names: dict[str, list[str]]) -> dict[str, np.ndarr
   parts = w if len(names[path]) > 1 else [w.reshape(w.shape[-2:]) if w.ndim > 2 else w]
   # safetensors writes the memory as it lies.
   return {name: np.ascontiguousarray(x) for name, x in zip(names[path], parts, strict=True)}
-
-
-def _bytes(leaves: dict[str, Any]) -> int:
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(leaves))
 
 
 def _write(

@@ -76,10 +76,6 @@ class Tensors:
   def __contains__(self, name: str) -> bool:
     return self._stored(name) in self._files
 
-  def __iter__(self):
-    """The names as the files have them."""
-    return iter(self._files)
-
   def _stored(self, name: str) -> str:
     return name.removeprefix(self._prefix)
 
@@ -132,8 +128,8 @@ class Tensors:
   def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Rows `start` … `stop` of the weight `name`, read from the file.
 
-    Threads may call it at once. By reads of the file rather than of a mapping of it: a mapping is
-    read page by page, at half the disk's speed, and with Python's lock held (both measured).
+    Threads may call it at once. By reads of the file rather than of a mapping of it, which
+    `experiments.bench.load` showed to be slower than the disk.
     """
     shape, dtype = self.shape(name), self.float_dtype(name)
     start, stop, _ = slice(start, stop).indices(shape[0])

@@ -9,8 +9,10 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from qlora_jax.models.mlp import ACTIVATIONS
 from qlora_jax.models.rope import SCALINGS, Dynamic, LongRope, Rope, RopeScaling, Yarn
@@ -538,6 +540,18 @@ _ROWS = (
 )
 
 FAMILIES = {family.model_type: family for family in _ROWS}
+
+
+def axes_of(template: str) -> list[str]:
+  """The leading axes of a leaf with this name."""
+  return [axis for axis in ("layer", "expert") if f"{{{axis}}}" in template]
+
+
+def tensor_names(template: str, shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+  """(index in the stack, name) of each tensor of a leaf of this shape."""
+  axes = axes_of(template)
+  for index in np.ndindex(*shape[: len(axes)]):
+    yield index, template.format(**dict(zip(axes, index, strict=True)))
 
 
 def family(model_type: str) -> Family:

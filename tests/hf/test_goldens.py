@@ -291,3 +291,62 @@ def test_losses_of_a_trained_model(shared, corpus, start, end, rows, expected):
   model, frozen = hf.load(directory)
   variables = {"params": {}, "constants": {}, "frozen": frozen}
   assert abs(held_out_loss(model, variables, dataset, batch_size=16) - expected) < 1e-5
+
+
+def spoiled(source, target, edit):
+  """A copy of a checkpoint with `edit` done to its tensors."""
+  target.mkdir()
+  tensors = safetensors.numpy.load_file(source / "model.safetensors")
+  edit(tensors)
+  safetensors.numpy.save_file(tensors, target / "model.safetensors")
+  (target / "config.json").write_bytes((source / "config.json").read_bytes())
+  return target
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+  ("key", "change", "message"),
+  [
+    ("nested_quant_map", lambda x: x[::-1].copy(), "its nested_quant_map is not bitsandbytes'"),
+    ("quant_map", lambda x: x[::-1].copy(), "its quant_map is not the table of nf4"),
+    ("nested_absmax", lambda x: x * np.float32("nan"), "nested_absmax holds a value that is not"),
+    ("quant_map", None, "quant_map is missing beside it"),
+  ],
+)
+def test_a_spoiled_bitsandbytes_weight_is_refused(tiny_llama, tmp_path, key, change, message):
+  def edit(tensors):
+    value = tensors.pop(f"{Q}.{key}")
+    if change is not None:
+      tensors[f"{Q}.{key}"] = change(value)
+
+  with pytest.raises(ValueError, match=rf"{Q}: {message}"):
+    hf.load(spoiled(tiny_llama / "bnb_4bit", tmp_path / "spoiled", edit))
+
+
+def test_a_dense_checkpoint_that_says_bitsandbytes_is_refused(tiny_llama, tmp_path):
+  copy = spoiled(tiny_llama / "hf_fp32", tmp_path / "copy", lambda tensors: None)
+  (copy / "config.json").write_bytes((tiny_llama / "bnb_4bit" / "config.json").read_bytes())
+  with pytest.raises(ValueError, match="says bitsandbytes' 4 bits, and no tensor is packed"):
+    hf.load(copy)
+
+
+def test_nested_blocks_that_bitsandbytes_cannot_compute_are_not_exported(tiny_llama, tmp_path):
+  model, frozen = hf.load(tiny_llama / "hf_fp32", QuantizationConfig(nested_block_size=128))
+  with pytest.raises(ValueError, match="nested blocks of 128; bitsandbytes computes with 256"):
+    hf.save_bitsandbytes(tmp_path / "out", model, frozen)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_packed_base_whose_manifest_was_changed_is_refused(packed, tmp_path):
+  hf.save_base(tmp_path / "base", *packed)
+  _, frozen = hf.load(tmp_path / "base", storage_dtype=jnp.bfloat16)
+  assert frozen["embed"]["embedding"].dtype == jnp.bfloat16
+  manifest = tmp_path / "base" / "qlora_jax.json"
+  raw = json.loads(manifest.read_text())
+  assert raw["leaves"]["layers/attn/q/kernel"]["codebook"] == "nf4"
+  raw["leaves"]["layers/attn/q/kernel"]["block_size"] = 32
+  manifest.write_text(json.dumps(raw))
+  with pytest.raises(ValueError, match=r"q\.kernel\.safetensors: its arrays do not fit"):
+    hf.load(tmp_path / "base")

@@ -173,21 +173,22 @@ def _merge(arguments: argparse.Namespace) -> None:
   from qlora_jax import QuantizationConfig, hf
   from qlora_jax.hf import checkpoint, saving
 
-  # float32: the sample's logits are to show the files' rounding, not the computation's.
-  model, frozen = hf.load(arguments.model, dtype=jnp.float32)
+  # A dense base stays in its files. float32: the sample's logits are to show the files' rounding,
+  # not the computation's.
+  opened = hf.open_stored if checkpoint.is_dense(arguments.model) else hf.load
+  model, frozen = opened(arguments.model, dtype=jnp.float32)
   params, constants, _ = hf.load_adapter(arguments.adapter, frozen, model=model)
   if arguments.dry_run:
     print(f"{arguments.out}: {arguments.model} with {arguments.adapter} would be written")
     return
-  variables = {"params": params, "constants": constants, "frozen": frozen}
-  live = _logits(model, variables) if arguments.check else None
+  live = _logits(model, frozen, params, constants) if arguments.check else None
   if arguments.quantize:
     rules = checkpoint.default_rules(QuantizationConfig(arguments.quantize))
     merged = saving.merge_into_bits(frozen, params, constants, rules)
     model = saving.untied(model, merged)
     if live is not None:
       # Before anything is written.
-      print(_shift(live, _logits(model, {"params": {}, "constants": {}, "frozen": merged})))
+      print(_shift(live, _logits(model, merged, {}, {})))
     _write(arguments, lambda path: hf.save_base(path, model, merged, source=str(arguments.model)))
     return
   _write(
@@ -195,9 +196,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     lambda path: hf.save_merged(path, model, frozen, params, constants, dtype=arguments.dtype),
   )
   if live is not None:
-    del frozen, variables
-    written, merged = hf.load(arguments.out, dtype=jnp.float32)
-    print(_shift(live, _logits(written, {"params": {}, "constants": {}, "frozen": merged})))
+    print(_shift(live, _logits(*hf.open_stored(arguments.out, dtype=jnp.float32), {}, {})))
 
 
 def _adapter(arguments: argparse.Namespace) -> None:
@@ -236,12 +235,14 @@ def _adapter(arguments: argparse.Namespace) -> None:
   print(f"{arguments.out}: written")
 
 
-def _logits(model: Any, variables: dict[str, Any]) -> Any:
+def _logits(model: Any, frozen: Any, params: Any, constants: Any) -> Any:
   """Of a sample: four rows of 64 tokens, drawn at random."""
   import jax
 
+  from qlora_jax.hf import stored
+
   tokens = jax.random.randint(jax.random.key(0), (4, 64), 0, model.config.vocab_size)
-  return jax.jit(model.apply)(variables, tokens)
+  return stored.logits(model, frozen, params, constants, tokens)
 
 
 def _shift(live: Any, other: Any) -> str:

@@ -233,11 +233,20 @@ def base_weight(frozen: Any, path: str) -> Any:
   return flat[TABLE].T if path == HEAD and HEAD not in flat else flat[path]
 
 
-@jax.jit
 def _norm(w: Any) -> jax.Array:
   """‖W‖ over K, `[..., N]` float32; of a stack, one dense layer at a time."""
+  if is_quantized(w) or isinstance(w, jax.Array | np.ndarray):
+    return _norm_in_memory(w)
+  # It lies in a file (`hf.stored`), and indexing reads a part.
   if w.ndim > 2:
-    return jax.lax.map(_norm, w)
+    return jnp.stack([_norm_in_memory(w[layer]) for layer in range(w.shape[0])])
+  return _norm_in_memory(w[()])
+
+
+@jax.jit
+def _norm_in_memory(w: Any) -> jax.Array:
+  if w.ndim > 2:
+    return jax.lax.map(_norm_in_memory, w)
   w = dequantize(w) if is_quantized(w) else w.astype(jnp.float32)
   return jnp.sqrt(jnp.square(w).sum(0))
 

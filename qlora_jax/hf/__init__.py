@@ -2,6 +2,7 @@
 
 from qlora_jax.hf.chat import load_chat_template as load_chat_template
 from qlora_jax.hf.checkpoint import load as load
+from qlora_jax.hf.checkpoint import open_stored as open_stored
 from qlora_jax.hf.packed import save_base as save_base
 from qlora_jax.hf.peft import load_adapter as load_adapter
 from qlora_jax.hf.peft import save_adapter as save_adapter

@@ -196,6 +196,8 @@ def _check_block_size(where: str, block_size: int) -> None:
 # What lies beside a packed weight in a file, under its name.
 _STATE = "quant_state.bitsandbytes__"
 _ARRAYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+# Of a packed weight in a file, with itself and its state.
+MOST_ARRAYS = len(_ARRAYS) + 2
 
 
 def _table(kind: str) -> np.ndarray:

@@ -27,6 +27,7 @@ from jax.typing import DTypeLike
 from qlora_jax import codebooks, tree_paths
 from qlora_jax.hf import bitsandbytes, hub, packed
 from qlora_jax.hf.files import read_json
+from qlora_jax.hf.stored import StoredArray
 from qlora_jax.hf.tensors import Tensors
 from qlora_jax.models import families
 from qlora_jax.models.transformer import RematPolicy, Transformer, TransformerConfig
@@ -95,25 +96,16 @@ def load(
       not finite; a file that is cut short; a base that is packed otherwise than asked. One line
       with the file and the tensor.
   """
-  directory = _directory(path)
-  raw = read_json(directory / "config.json")
-  config = dataclasses.replace(_read_config(directory, raw), hf_directory=str(directory))
-  if dtype is None:
-    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    # Some files spell it as torch prints it.
-    dtype = str(dtype).removeprefix("torch.")
-    compute = float_dtype(f"{directory}: config.json: dtype", dtype)
-  else:
-    compute = float_dtype("dtype", dtype)
+  directory, model = _model(path, dtype, remat, implementation)
   if storage_dtype is not None:
     storage_dtype = float_dtype("storage_dtype", storage_dtype)
-  model = Transformer(config, compute, remat, implementation)
   rules = default_rules(quantization)
   planned = abstract_base(model, rules, storage_dtype or jnp.float32)
   place = functools.partial(_place, sharding=sharding)
 
   if packed.is_packed(directory):
     frozen = packed.read(directory, model_shapes(model), place, progress=progress)
+    packed.check_fingerprint(directory, frozen)
     if storage_dtype is not None:
       frozen = jax.tree.map(
         lambda leaf: leaf if is_quantized(leaf) else leaf.astype(storage_dtype),
@@ -130,6 +122,30 @@ def load(
   if from_bitsandbytes and quantization is not None:
     _check_agreement(directory, frozen, planned, rules)
   return model, frozen
+
+
+def open_stored(
+  path: str | os.PathLike[str], *, dtype: DTypeLike | None = None
+) -> tuple[Transformer, dict[str, Any]]:
+  """As `load`, of a dense checkpoint, but its weights stay in their files until they are indexed.
+
+  For what goes through a base a layer at a time: `load_adapter`, `save_merged`, `stored.logits`.
+
+  Args:
+    path: a directory with config.json and dense safetensors, or a hub id.
+    dtype: of the computation; None takes the checkpoint's own.
+
+  Returns:
+    (model, frozen), the leaves of `frozen` being `StoredArray`s.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load`; a base that is packed.
+  """
+  if not is_dense(path):
+    raise ValueError(f"{path}: packed; `load` opens it")
+  directory, model = _model(path, dtype)
+  tensors = Tensors(directory)
+  return model, _Reader(tensors, model, {}, None, lambda _, value: value, False).stored()
 
 
 def default_rules(
@@ -151,6 +167,23 @@ def read_config(path: str | os.PathLike[str]) -> TransformerConfig:
   """
   directory = _directory(path)
   return _read_config(directory, read_json(directory / "config.json"))
+
+
+def _model(
+  path: str | os.PathLike[str], dtype: DTypeLike | None, *args: Any
+) -> tuple[Path, Transformer]:
+  """The checkpoint's directory, and the model of its config."""
+  directory = _directory(path)
+  raw = read_json(directory / "config.json")
+  config = dataclasses.replace(_read_config(directory, raw), hf_directory=str(directory))
+  if dtype is None:
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    # Some files spell it as torch prints it.
+    dtype = str(dtype).removeprefix("torch.")
+    compute = float_dtype(f"{directory}: config.json: dtype", dtype)
+  else:
+    compute = float_dtype("dtype", dtype)
+  return directory, Transformer(config, compute, *args)
 
 
 def float_dtype(name: str, value: DTypeLike) -> np.dtype:
@@ -176,6 +209,16 @@ def _directory(path: str | os.PathLike[str]) -> Path:
   if not (directory / "config.json").exists():
     raise FileNotFoundError(f"{directory}: not a model: config.json was looked for")
   return directory
+
+
+def is_dense(path: str | os.PathLike[str]) -> bool:
+  """Whether the checkpoint at `path` is of plain weights.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load`.
+  """
+  directory = _directory(path)
+  return not packed.is_packed(directory) and packing(directory) is None
 
 
 def packing(directory: Path) -> str | None:
@@ -375,6 +418,19 @@ class _Reader:
     # Layers of unlike dtypes share the one that holds them all.
     dtypes = {self._tensors.float_dtype(matrix.name) for matrix in matrices}
     return dtypes.pop() if len(dtypes) == 1 else jnp.dtype(jnp.float32)
+
+  def stored(self) -> dict[str, Any]:
+    """The tree of a dense checkpoint, left in its files."""
+    names: dict[str, dict[tuple[int, ...], str]] = {}
+    for matrix in self.queue:
+      names.setdefault(matrix.leaf, {})[matrix.index] = matrix.name
+    leaves = {}
+    for leaf, own in names.items():
+      dtype = self._dtypes[leaf]
+      assert dtype is not None
+      shape, transposed = self._shapes[leaf], leaf.endswith("/kernel")
+      leaves[leaf] = StoredArray(self._tensors, own, shape, dtype, transposed)
+    return tree_paths.nest(leaves)
 
   def read(self, progress: bool) -> dict[str, Any]:
     """The tree."""

@@ -118,6 +118,20 @@ def read_manifest(directory: Path) -> dict[str, Any]:
   return manifest
 
 
+def check_fingerprint(directory: Path, frozen: Any) -> None:
+  """Compares what was read with what `save_base` wrote, bit for bit.
+
+  Raises:
+    ValueError: they differ.
+  """
+  stored, found = read_manifest(directory)["fingerprint"], fingerprint(frozen)
+  if found != stored:
+    raise ValueError(
+      f"{directory / MANIFEST}: fingerprint {stored}; that of the files is {found}: they are not "
+      "as they were written; quantize the original again"
+    )
+
+
 def read(
   directory: Path,
   shapes: Any,

@@ -1,27 +1,28 @@
 """Models written as Hugging Face directories: dense, merged, or in bitsandbytes' 4 bits.
 
-Tensors are made one layer at a time and written a file at a time: beside the base that is given, a
-dense layer and a file are held.
+Tensors are made and written one layer at a time: beside the base that is given, a dense layer is
+held.
 """
 
 import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
+import tqdm
 from jax.typing import DTypeLike
 
 from qlora_jax import lora, tree_paths
 from qlora_jax.hf import bitsandbytes
 from qlora_jax.hf.checkpoint import float_dtype, model_shapes
 from qlora_jax.hf.files import copy_tokenizer, new_directory, write_json
+from qlora_jax.hf.tensor_file import TensorFile, entry_bytes
 from qlora_jax.hf.tensors import INDEX, SINGLE
 from qlora_jax.models import families
 from qlora_jax.models.transformer import Transformer
@@ -78,7 +79,8 @@ def save_merged(
 
   Args:
     path: must not exist.
-    model, frozen, params, constants: as `model.apply` takes them.
+    model, frozen, params, constants: as `model.apply` takes them. A base that `open_stored` left
+      in its files is read a layer at a time.
     dtype: of the files.
     file_bytes: of tensors in a file.
 
@@ -90,18 +92,17 @@ def save_merged(
   trees = _flat(frozen, params, constants)
   layers = _layers(trees)
 
-  def merge(layer: int | None) -> dict[str, Any]:
-    group = map(tree_paths.nest, _layer(trees, layer))
-    return tree_paths.leaves(lora.merge(*group, dtype=dtype))
-
-  shapes = [jax.eval_shape(functools.partial(merge, layer)) for layer in layers]
+  shapes = [_merged_shapes(trees, layer, dtype) for layer in layers]
   model = untied(model, shapes[-1])
   config = model.config
   names = _names(model, shapes)
-  groups = (_tensors(merge(layer), functools.partial(_dense, names=names)) for layer in layers)
+  groups = (
+    _tensors(_merged(trees, layer, dtype), functools.partial(_dense, names=names))
+    for layer in layers
+  )
   with new_directory(path) as directory:
     write_json(directory / "config.json", families.hf_config(config, dtype.name))
-    _write(directory, groups, [tree_paths.tree_bytes(shape) for shape in shapes], file_bytes)
+    _write(directory, groups, shapes, names, file_bytes)
     if config.hf_directory:
       copy_tokenizer(Path(config.hf_directory), directory)
 
@@ -146,8 +147,10 @@ def save_bitsandbytes(
       nested.add(isinstance(w.scales, NestedScales))
   if len(kinds) > 1 or len(nested) > 1:
     raise ValueError("save_bitsandbytes: projections packed in several ways; config.json has one")
-  sizes = [tree_paths.tree_bytes(_layer(trees, layer)[0]) for layer in layers]
-  names = _names(model, (_layer(trees, layer)[0] for layer in layers))
+  shapes = [
+    jax.eval_shape(functools.partial(_layer, layer=layer), _abstract(trees))[0] for layer in layers
+  ]
+  names = _names(model, shapes)
 
   def write(path: str, w: Any) -> dict[str, np.ndarray]:
     if is_quantized(w):
@@ -171,7 +174,7 @@ def save_bitsandbytes(
       "llm_int8_threshold": 6.0,
     }
     write_json(directory / "config.json", config)
-    _write(directory, groups, sizes, file_bytes)
+    _write(directory, groups, shapes, names, file_bytes)
     if model.config.hf_directory:
       copy_tokenizer(Path(model.config.hf_directory), directory)
 
@@ -204,14 +207,12 @@ def merge_into_bits(
     A tree as `frozen`, with a QuantizedTensor for each leaf that a rule quantizes.
   """
   trees = _flat(frozen, params, constants)
-  shapes = jax.eval_shape(lambda: lora.merge(frozen, params, constants, dtype=jnp.float32))
+  shapes = jax.eval_shape(lora.merge, *map(_abstract, (frozen, params, constants)))
   chosen = treatments(shapes, rules)
   layers: dict[str, list[Any]] = {}
   whole: dict[str, Any] = {}
   for layer in _layers(trees):
-    base, own_params, own_constants = map(tree_paths.nest, _layer(trees, layer))
-    merged = tree_paths.leaves(lora.merge(base, own_params, own_constants))
-    for path, w in merged.items():
+    for path, w in _merged(trees, layer, jnp.float32).items():
       leaf = path if layer is None else path.replace(f"layers/{layer}/", "layers/", 1)
       treatment = chosen[leaf]
       if isinstance(treatment, QuantizationConfig) and tree_paths.is_matrix(path, w):
@@ -228,8 +229,9 @@ def merge_into_bits(
 
 def _tensors(
   leaves: dict[str, Any], write: Callable[[str, Any], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-  return {name: x for path, w in leaves.items() for name, x in write(path, w).items()}
+) -> Iterator[tuple[str, np.ndarray]]:
+  for path, w in leaves.items():
+    yield from write(path, w).items()
 
 
 # Leaves by path, of frozen, params and constants.
@@ -250,7 +252,12 @@ def _layer(trees: _Trees, layer: int | None) -> _Trees:
   """The leaves of one layer under their virtual paths, sliced now; or those in no stack."""
   if layer is None:
     return tuple(
-      {path: w for path, w in tree.items() if not tree_paths.is_stacked(path)} for tree in trees
+      {
+        path: jax.tree.map(lambda x: x[()], w)
+        for path, w in tree.items()
+        if not tree_paths.is_stacked(path)
+      }
+      for tree in trees
     )
   return tuple(
     {
@@ -260,6 +267,21 @@ def _layer(trees: _Trees, layer: int | None) -> _Trees:
     }
     for tree in trees
   )
+
+
+def _merged(trees: _Trees, layer: int | None, dtype: DTypeLike) -> dict[str, Any]:
+  """The leaves of one layer with its adapters merged in, under their virtual paths."""
+  group = map(tree_paths.nest, _layer(trees, layer))
+  return tree_paths.leaves(lora.merge(*group, dtype=dtype))
+
+
+def _merged_shapes(trees: _Trees, layer: int | None, dtype: DTypeLike) -> dict[str, Any]:
+  """Those of `_merged`; nothing is read."""
+  return jax.eval_shape(lambda given: _merged(given, layer, dtype), _abstract(trees))
+
+
+def _abstract(tree: Any) -> Any:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _names(model: Transformer, found: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
@@ -304,29 +326,43 @@ def _dense(path: str, w: Any, names: dict[str, list[str]]) -> dict[str, np.ndarr
 
 def _write(
   directory: Path,
-  groups: Iterable[dict[str, np.ndarray]],
-  sizes: list[int],
+  groups: Iterable[Iterable[tuple[str, np.ndarray]]],
+  shapes: list[dict[str, Any]],
+  names: dict[str, list[str]],
   file_bytes: int,
 ) -> None:
-  """Writes the tensors of each group; a group is not cut.
+  """Writes the tensors of each group as they come; a group is not cut.
 
   Args:
-    sizes: of the groups, in bytes, by which they are put together in files.
+    shapes: of each group's leaves, by whose size groups are put together in files.
+    names: of each leaf's tensors.
   """
-  file_of_group, filled = [], 0
-  for size in sizes:
-    if filled and filled + size > file_bytes:
+  sizes = [tree_paths.tree_bytes(shape) for shape in shapes]
+  files: list[list[int]] = []
+  filled = 0
+  for group, size in enumerate(sizes):
+    if not files or filled + size > file_bytes:
+      files.append([])
       filled = 0
-    file_of_group.append(len(file_of_group) and file_of_group[-1] + (filled == 0))
+    files[-1].append(group)
     filled += size
-  count = file_of_group[-1] + 1
   weight_map, total = {}, 0
-  by_file = itertools.groupby(zip(file_of_group, groups, strict=True), key=lambda pair: pair[0])
-  for number, members in by_file:
-    tensors = {name: x for _, group in members for name, x in group.items()}
-    name = SINGLE if count == 1 else f"model-{number + 1:05}-of-{count:05}.safetensors"
-    safetensors.numpy.save_file(tensors, directory / name, metadata={"format": "pt"})
-    weight_map |= dict.fromkeys(tensors, name)
-    total += sum(x.nbytes for x in tensors.values())
-  if count > 1:
+  bar = tqdm.tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="writing", disable=None)
+  made = iter(groups)
+  with bar:
+    for number, members in enumerate(files, 1):
+      file = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else SINGLE
+      header_bytes = sum(
+        entry_bytes(name) * (bitsandbytes.MOST_ARRAYS if is_quantized(leaf) else 1)
+        for group in members
+        for path, leaf in shapes[group].items()
+        for name in names[path]
+      )
+      with TensorFile(directory / file, header_bytes) as out:
+        for name, tensor in itertools.chain.from_iterable(itertools.islice(made, len(members))):
+          out.write(name, tensor)
+          weight_map[name] = file
+          total += tensor.nbytes
+          bar.update(tensor.nbytes)
+  if len(files) > 1:
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -358,10 +358,16 @@ class Transformer(nn.Module):
 
   def hidden(self, tokens, segment_ids=None, positions=None, cache=None) -> Any:
     """`[B, T, D]` after the last norm, for a loss that takes the head in chunks."""
+    x, written = self.blocks(self.embed(tokens), segment_ids, positions, cache)
+    x = self.final_norm(x)
+    return x if cache is None else (x, written)
+
+  def blocks(self, x, segment_ids=None, positions=None, cache=None) -> Any:
+    """`[B, T, D]` embedded tokens through all layers: (`[B, T, D]`, the new cache or None)."""
     if cache is None:
-      positions, keys, seen = self._positions(tokens, segment_ids, positions)
+      positions, keys, seen = self._positions(x, segment_ids, positions)
     else:
-      positions, keys, seen = self._cached_positions(tokens, segment_ids, positions, cache)
+      positions, keys, seen = self._cached_positions(x, segment_ids, positions, cache)
     segments = keys.get("segment_ids", segment_ids)
     real = True if segments is None else segments != 0
     rotary, mask = self._by_kind(positions, keys["positions"], real, seen)
@@ -369,17 +375,15 @@ class Transformer(nn.Module):
     if len(self.config.kinds) > 1:
       kind = jnp.asarray(self.config.kind_of_layer, jnp.int32)
 
-    x: Any
     written: Any
     index = None if cache is None else cache["index"]
     layers_cache = None if cache is None else {"k": cache["k"], "v": cache["v"]}
-    x, written = self.layers(self.embed(tokens), rotary, mask, index, kind, layers_cache)
-    x = self.final_norm(x)
+    y, written = self.layers(x, rotary, mask, index, kind, layers_cache)
     if cache is None:
-      return x
-    return x, {**written, **keys, "index": cache["index"] + tokens.shape[1]}
+      return y, None
+    return y, {**written, **keys, "index": cache["index"] + x.shape[1]}
 
-  def _positions(self, tokens, segment_ids, positions):
+  def _positions(self, x, segment_ids, positions):
     """Positions of queries, those of keys, and which keys each query may see.
 
     Returns:
@@ -389,18 +393,18 @@ class Transformer(nn.Module):
     if segment_ids is not None:
       if positions is None:
         positions = restarting_positions(segment_ids)
-      causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+      causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
       # Padding sees padding, so that no row of the softmax is empty.
       seen = (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal[None]
     elif positions is None:
       # Of one row: the rows are alike, and the masks of windows need not be made for each.
-      positions = jax.lax.broadcasted_iota(jnp.int32, (1, tokens.shape[1]), 1)
+      positions = jax.lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
     return positions, {"positions": positions}, seen
 
-  def _cached_positions(self, tokens, segment_ids, positions, cache):
+  def _cached_positions(self, x, segment_ids, positions, cache):
     """As `_positions`, the keys being those of the cache with the new ones in their slots."""
     if segment_ids is None:
-      segment_ids = jnp.ones(tokens.shape, jnp.int32)
+      segment_ids = jnp.ones(x.shape[:2], jnp.int32)
     index = cache["index"]
 
     def write(name: str, values: jax.Array) -> jax.Array:
@@ -408,12 +412,12 @@ class Transformer(nn.Module):
 
     slots = write("segment_ids", segment_ids)
     # Slots behind the newest token are empty or its future.
-    slot = jax.lax.broadcasted_iota(jnp.int32, (tokens.shape[1], slots.shape[1]), 1)
+    slot = jax.lax.broadcasted_iota(jnp.int32, (x.shape[1], slots.shape[1]), 1)
     own = index + jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0)
     same = segment_ids[:, :, None] == slots[:, None, :]
     if positions is None:
       positions = (same & (slot < own)[None]).sum(-1, dtype=jnp.int32)
-    positions = jnp.broadcast_to(positions, tokens.shape)
+    positions = jnp.broadcast_to(positions, x.shape[:2])
     keys = {"segment_ids": slots, "positions": write("positions", positions)}
     return positions, keys, same & (slot <= own)[None]
 

@@ -350,3 +350,13 @@ def test_a_packed_base_whose_manifest_was_changed_is_refused(packed, tmp_path):
   manifest.write_text(json.dumps(raw))
   with pytest.raises(ValueError, match=r"q\.kernel\.safetensors: its arrays do not fit"):
     hf.load(tmp_path / "base")
+
+
+def test_a_packed_base_with_a_flipped_bit_is_refused(packed, tmp_path):
+  hf.save_base(tmp_path / "base", *packed)
+  file = tmp_path / "base" / "layers.mlp.up.kernel.safetensors"
+  raw = bytearray(file.read_bytes())
+  raw[-1] ^= 1
+  file.write_bytes(raw)
+  with pytest.raises(ValueError, match=r"fingerprint \w{16}; that of the files is \w{16}"):
+    hf.load(tmp_path / "base")

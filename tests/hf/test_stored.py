@@ -1,0 +1,247 @@
+"""A base that stays in its files: the numbers of one that is loaded, in the memory of a layer."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import qlora_jax
+from qlora_jax import LoRAConfig, QuantizationConfig, hf, lora, tree_paths
+from qlora_jax.hf import checkpoint, saving, stored
+from qlora_jax.hf.checkpoint import model_shapes
+from qlora_jax.hf.tensor_file import TensorFile, entry_bytes
+from qlora_jax.models import families
+from qlora_jax.models.transformer import Transformer
+
+ROOT = Path(qlora_jax.__file__).parents[1]
+
+COMMON = {
+  "vocab_size": 40,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 5,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 8,
+  "max_position_embeddings": 64,
+}
+FAMILIES = {
+  "qwen2": {"tie_word_embeddings": True},
+  # Kinds of layers, windows, tied.
+  "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8},
+  # Rotary angles that depend on the length.
+  "llama": {"rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
+  "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def random_base(model, dtype=jnp.float32):
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda like: jnp.asarray(rng.normal(0.1, 0.3, like.shape), dtype), model_shapes(model)
+  )
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def saved(request, tmp_path_factory):
+  """A directory with a base in several files."""
+  raw = {"model_type": request.param, **COMMON, **FAMILIES[request.param]}
+  model = Transformer(families.read_config(raw), jnp.dtype("float32"))
+  path = tmp_path_factory.mktemp("stored") / "model"
+  hf.save(path, model, random_base(model), file_bytes=30_000)
+  assert len(list(path.glob("*.safetensors"))) > 1
+  return path
+
+
+def adapter(frozen, **fields):
+  cfg = LoRAConfig(rank=2, **fields)
+  params, constants = lora.init(jax.random.key(1), frozen, cfg)
+  leaves = tree_paths.leaves(params)
+  keys = jax.random.split(jax.random.key(2), len(leaves))
+  return (
+    cfg,
+    tree_paths.nest(
+      {
+        path: x + jax.random.normal(key, x.shape) / 9
+        for key, (path, x) in zip(keys, leaves.items(), strict=True)
+      }
+    ),
+    constants,
+  )
+
+
+def test_its_parts_are_those_of_the_loaded_base(saved):
+  _, frozen = hf.load(saved)
+  _, lazy = hf.open_stored(saved)
+  lazy = tree_paths.leaves(lazy)
+  for path, x in tree_paths.leaves(frozen).items():
+    assert (lazy[path].shape, lazy[path].dtype, lazy[path].ndim) == (x.shape, x.dtype, x.ndim)
+    np.testing.assert_array_equal(np.asarray(lazy[path]), x)
+    if tree_paths.is_stacked(path):
+      for layer in range(x.shape[0]):
+        np.testing.assert_array_equal(lazy[path][layer], x[layer])
+      with pytest.raises(IndexError, match=f"index \\({x.shape[0]},\\)"):
+        lazy[path][x.shape[0]]
+  np.testing.assert_array_equal(
+    np.asarray(lazy["embed/embedding"].T), frozen["embed"]["embedding"].T
+  )
+
+
+def test_logits_are_those_of_the_whole_model(saved):
+  model, frozen = hf.load(saved)
+  _, lazy = hf.open_stored(saved)
+  _, params, constants = adapter(frozen, dropout=0.5)
+  tokens = jax.random.randint(jax.random.key(3), (2, 24), 0, 40)
+  variables = {"params": params, "constants": constants, "frozen": frozen}
+  expected: Any = model.apply(variables, tokens)
+  found = stored.logits(model, lazy, params, constants, tokens)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(jnp.abs(expected).max()))
+  rules = checkpoint.default_rules(QuantizationConfig(block_size=16))
+  packed = qlora_jax.quantize_tree(frozen, rules)
+  expected: Any = model.apply({"frozen": packed}, tokens)
+  found = stored.logits(model, packed, {}, {}, tokens)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {},
+    {"use_dora": True, "targets": ("*/attn/*",)},
+    {"modules_to_save": ("embed",)},
+    {"targets": ("*/attn/q", "embed", "head")},
+  ],
+)
+def test_adapters_are_read_and_merged_as_on_the_loaded_base(saved, fields, tmp_path):
+  model, frozen = hf.load(saved)
+  _, lazy = hf.open_stored(saved)
+  cfg, params, constants = adapter(frozen, **fields)
+  hf.save_adapter(tmp_path / "adapter", params, constants, cfg, model=model, frozen=frozen)
+  expected = hf.load_adapter(tmp_path / "adapter", frozen, model=model)
+  found = hf.load_adapter(tmp_path / "adapter", lazy, model=model)
+  assert found[2] == expected[2]
+  jax.tree.map(np.testing.assert_array_equal, found[:2], expected[:2])
+  hf.save_merged(tmp_path / "from_memory", model, frozen, *expected[:2], file_bytes=30_000)
+  hf.save_merged(tmp_path / "from_files", model, lazy, *found[:2], file_bytes=30_000)
+  names = sorted(path.name for path in (tmp_path / "from_memory").iterdir())
+  assert len(names) > 3
+  for name in names:
+    whole, streamed = (tmp_path / d / name for d in ("from_memory", "from_files"))
+    assert whole.read_bytes() == streamed.read_bytes(), name
+  # A base that has it already is refused all the same.
+  _, merged = hf.open_stored(tmp_path / "from_files")
+  with pytest.raises(ValueError, match="merged into this base already"):
+    hf.load_adapter(tmp_path / "adapter", merged, model=model)
+  rules = checkpoint.default_rules(QuantizationConfig(block_size=16))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    saving.merge_into_bits(lazy, *found[:2], rules),
+    saving.merge_into_bits(frozen, *found[:2], rules),
+  )
+
+
+def test_what_is_not_finite_is_named(saved, tmp_path):
+  model, frozen = hf.load(saved)
+  hf.save(tmp_path / "model", model, frozen)
+  file = tmp_path / "model" / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  tensors["model.layers.3.self_attn.q_proj.weight"][2, 5] = np.nan
+  safetensors.numpy.save_file(tensors, file)
+  _, lazy = hf.open_stored(tmp_path / "model")
+  lazy["layers"]["attn"]["q"]["kernel"][2]
+  with pytest.raises(ValueError, match=r"layers\.3\.self_attn\.q_proj.* \[2, 5\] is not finite"):
+    lazy["layers"]["attn"]["q"]["kernel"][3]
+
+
+def test_a_packed_base_is_not_opened_in_its_files(saved, tmp_path):
+  hf.save_base(tmp_path / "packed", *hf.load(saved, QuantizationConfig(block_size=16)))
+  with pytest.raises(ValueError, match=r"packed: packed; `load` opens it"):
+    hf.open_stored(tmp_path / "packed")
+
+
+MERGE = """
+import sys, threading, time
+from pathlib import Path
+from experiments import convert
+
+def anonymous():
+  with open("/proc/self/status") as file:
+    return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+peak, done = 0, False
+def watch():
+  global peak
+  while not done:
+    peak = max(peak, anonymous())
+    time.sleep(0.002)
+
+def merge(*names):
+  assert convert.main(["merge", *(str(Path(sys.argv[1]) / name) for name in names)]) == 0
+
+# What a process holds in any case is not the merge's.
+merge("one", "adapter1", "out1")
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+merge("deep", "adapter2", "out2")
+done = True
+thread.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_a_merge_needs_the_memory_of_one_layer(tmp_path):
+  fields = {"hidden_size": 1024, "intermediate_size": 8192, "head_dim": 64}
+  fields |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+  layer = (4 * 1024**2 + 3 * 8192 * 1024) * 4
+  for name, adapter_name, layers in (("one", "adapter1", 1), ("deep", "adapter2", 16)):
+    raw = {"model_type": "llama", **COMMON, **fields, "num_hidden_layers": layers}
+    model = Transformer(families.read_config(raw), jnp.dtype("float32"))
+    frozen = random_base(model, jnp.bfloat16)
+    hf.save(tmp_path / name, model, frozen, dtype=jnp.bfloat16)
+    cfg, params, constants = adapter(frozen)
+    hf.save_adapter(tmp_path / adapter_name, params, constants, cfg, model=model, frozen=frozen)
+    del frozen
+  env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+  script = [sys.executable, "-c", MERGE, tmp_path]
+  result = subprocess.run(script, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+  peak = int(result.stdout.splitlines()[-1])
+  # With the check of the logits, which casts a layer to float32; the base is 8 of these layers.
+  assert peak < 2 * layer, peak / layer
+
+
+def test_a_file_is_as_safetensors_writes_it(tmp_path):
+  rng = np.random.default_rng(0)
+  tensors = {
+    "odd": rng.integers(0, 255, 7, np.uint8),
+    "wide": rng.normal(size=(3, 5)).astype(np.float32),
+    "half": jnp.asarray(rng.normal(size=(3, 1)), jnp.bfloat16),
+    "f16": rng.normal(size=()).astype(np.float16),
+    "none": np.zeros((0, 4), np.float32),
+    'a "quoted" name…': rng.normal(size=(2, 2)).astype(np.float32),
+  }
+  tensors = {name: np.asarray(x) for name, x in tensors.items()}
+  with TensorFile(tmp_path / "file", sum(map(entry_bytes, tensors))) as out:
+    for name, tensor in tensors.items():
+      out.write(name, tensor)
+  found = safetensors.numpy.load_file(tmp_path / "file")
+  assert found.keys() == tensors.keys()
+  for name, tensor in tensors.items():
+    assert found[name].dtype == tensor.dtype
+    np.testing.assert_array_equal(found[name], tensor)
+  # PyTorch opens no tensor that begins within one of its elements.
+  raw = (tmp_path / "file").read_bytes()
+  room = int.from_bytes(raw[:8], "little")
+  for name, entry in json.loads(raw[8 : 8 + room]).items():
+    if name != "__metadata__":
+      assert (8 + room + entry["data_offsets"][0]) % tensors[name].dtype.itemsize == 0

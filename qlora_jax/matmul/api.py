@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.matmul import xla
+from qlora_jax.matmul import gpu, xla
 from qlora_jax.quantized_tensor import AnyQuantizedTensor, is_quantized
 
 
@@ -33,6 +33,7 @@ class Implementation:
 
 # In the order of preference: where none is named, the first that supports the case serves it.
 IMPLEMENTATIONS: dict[str, Implementation] = {
+  "gpu": Implementation(gpu.forward, gpu.input_gradient, gpu.unsupported),
   "xla": Implementation(xla.forward, xla.input_gradient, xla.unsupported),
 }
 
@@ -48,7 +49,7 @@ def quantized_matmul(
   Args:
     x: `[..., K]`, bfloat16, float16 or float32. Products accumulate in float32.
     w: `[K, N]`, no leading axes: `vmap` or `scan` over a stack.
-    implementation: a name in the registry ("xla"); None takes the best that supports the
+    implementation: a name in the registry ("gpu", "xla"); None takes the best that supports the
       case.
 
   Returns:

@@ -19,7 +19,8 @@ def w_of(spec: specs.ArgumentSpec, stack: tuple[int, ...] = ()):
   return spec.w(jax.random.key(1), stack)
 
 
-IMPLEMENTATIONS = list(api.IMPLEMENTATIONS)
+# Those that need a machine of their own have tests of their own.
+IMPLEMENTATIONS = ["xla"]
 
 
 def tolerance(dtype, terms: int, magnitude: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -369,5 +370,5 @@ def test_one_that_was_named_and_cannot_says_why(picky):
 
 
 def test_an_unknown_one_names_those_that_are(picky):
-  with pytest.raises(ValueError, match="'gpuu': not in this version; there is picky, xla"):
+  with pytest.raises(ValueError, match="'gpuu': not in this version; there is picky, gpu, xla"):
     quantized_matmul(x_of(SMALL), w_of(SMALL), implementation="gpuu")

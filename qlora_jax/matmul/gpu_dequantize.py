@@ -1,0 +1,146 @@
+"""The dequantized weight on a GPU, written once at the speed of memory, for the library's product.
+
+With many rows the product is bound by arithmetic, and the library's is the fastest there is: what
+counts is that the weight is decoded into one array in its own order, with no pass over it after
+that. On Pallas' Triton route, which serves every GPU that Triton does.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
+
+from qlora_jax import codebooks
+from qlora_jax.quantized_tensor import (
+  GROUP,
+  NestedScales,
+  QuantizedTensor,
+  plane_rows,
+)
+
+# Of a plane, in a tile: of fewer, warps are idle.
+_LEAST_ROWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """How the work is cut.
+
+  Attributes:
+    rows: of a plane, at most; columns: of the weight. Powers of 2.
+    warps: of a program.
+  """
+
+  rows: int = 16
+  columns: int = 256
+  warps: int = 4
+
+
+def dequantize(
+  w: QuantizedTensor, dtype: DTypeLike, tiles: Tiles = Tiles(), *, interpret: bool = False
+) -> jax.Array:
+  """`[K, N]`, bit for bit what `quantization.dequantize` gives."""
+  k, n = w.shape
+  groups, full, _ = plane_rows(k, w.bits)
+  # Rows of a tile share a block of scales, where they can.
+  rows = math.gcd(min(tiles.rows, full), w.block_size)
+  uniform = k % GROUP == 0 and rows >= _LEAST_ROWS
+  if not uniform:
+    rows = _LEAST_ROWS
+  operands: list[Any] = [w.codes, w.levels]
+  nested = isinstance(w.scales, NestedScales)
+  if isinstance(w.scales, NestedScales):
+    operands += [w.scales.codes, w.scales.absmax, w.scales.offset.reshape(1)]
+    operands.append(jnp.asarray(codebooks.dynamic_map()))
+  else:
+    operands.append(w.scales)
+  if w.zero is not None:
+    operands.append(w.zero)
+  nested_block_size = w.scales.block_size if isinstance(w.scales, NestedScales) else 0
+  return pl.pallas_call(
+    functools.partial(
+      _kernel,
+      rows=rows,
+      columns=tiles.columns,
+      bits=w.bits,
+      block_size=w.block_size,
+      nested_block_size=nested_block_size if nested else None,
+      has_zero=w.zero is not None,
+      uniform=uniform,
+    ),
+    out_shape=jax.ShapeDtypeStruct((k, n), dtype),
+    grid=(groups * pl.cdiv(full, rows), pl.cdiv(n, tiles.columns)),
+    compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=1),
+    interpret=interpret,
+    name="dequantize",
+  )(*operands)
+
+
+def _kernel(
+  codes, levels, *refs, rows, columns, bits, block_size, nested_block_size, has_zero, uniform
+) -> None:
+  *scales, out = refs
+  zero = scales.pop() if has_zero else None
+  k, n = out.shape
+  _, full, sizes = plane_rows(k, bits)
+  tiles = pl.cdiv(full, rows)
+  group, within = pl.program_id(0) // tiles, pl.program_id(0) % tiles * rows
+  # Indices of a tile, and what of it there is.
+  column = pl.program_id(1) * columns + jnp.arange(columns)[None]
+  inside = column < n if n % columns else None
+  row = within + jnp.arange(rows)[:, None]
+
+  def load(ref, index, mask):
+    index = jnp.broadcast_arrays(*index)
+    mask = None if mask is None else jnp.broadcast_to(mask, index[0].shape)
+    return triton.load(ref.at[tuple(index)], mask=mask, other=None if mask is None else 0)
+
+  def both(mask, other):
+    return mask if other is None else other if mask is None else mask & other
+
+  def restore(block, mask):
+    """Scales of `block`: `[1, columns]`, or `[rows, columns]` where rows differ in theirs."""
+    if nested_block_size is None:
+      return load(scales[0], (block, column), mask).astype(jnp.float32)
+    quantized, absmax, offset, dynamic_map = scales
+    # The flat index of bitsandbytes' order, [out, in].
+    flat = column * np.int32(quantized.shape[0]) + block
+    largest = load(absmax, (flat // np.int32(nested_block_size),), mask)
+    code = load(quantized, (block, column), mask).astype(jnp.int32)
+    product = triton.load(dynamic_map.at[code]) * largest
+    # As `restore_scales`: two roundings.
+    return jnp.where(code == 127, 0.0, product) + offset[0]
+
+  def run(part, parts):
+    mask = None if full % rows == 0 else row < full
+    index = (group * parts + part) * full + row
+    return load(codes, (index, column), both(mask, inside)).astype(jnp.uint32)
+
+  if bits == 3:
+    low, middle, high = (run(part, 3) for part in range(3))
+    word = low | middle << np.uint32(8) | high << np.uint32(16)
+  else:
+    word = run(0, 1)
+  for plane, size in enumerate(sizes):
+    mask = both(None if size % rows == 0 else row < size, inside)
+    at = group * GROUP + plane * full + row
+    if uniform:
+      first = group * GROUP + plane * full + within
+      block, block_mask = jnp.full((1, 1), first // block_size, jnp.int32), inside
+    else:
+      block, block_mask = at // np.int32(block_size), mask
+    code = (word >> np.uint32(bits * plane)) & np.uint32(2**bits - 1)
+    value = triton.load(levels.at[code.astype(jnp.int32)])
+    if zero is not None:
+      value = value - load(zero, (block, column), block_mask).astype(jnp.float32)
+    value = (value * restore(block, block_mask)).astype(out.dtype)
+    index = jnp.broadcast_arrays(at, column)
+    mask = None if mask is None else jnp.broadcast_to(mask, index[0].shape)
+    triton.store(out.at[tuple(index)], value, mask=mask)

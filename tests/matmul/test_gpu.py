@@ -1,0 +1,242 @@
+"""The GPU's kernels: their logic here, their lowering here, and on a GPU the kernels themselves.
+
+On a machine with one: `JAX_PLATFORMS=cuda,cpu python -m pytest tests/matmul/test_gpu.py`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax import dequantize, quantize, quantized_matmul
+from qlora_jax.matmul import api, gpu, specs
+from qlora_jax.matmul.specs import ArgumentSpec
+from tests.matmul.gpu_simulator import simulate
+
+if jax.__version_info__ < (0, 11, 2):
+  pytest.skip("the GPU's kernels need JAX 0.11.2", allow_module_level=True)
+
+from qlora_jax.matmul import gpu_dequantize, gpu_few_rows
+from qlora_jax.matmul.gpu_few_rows import Tiles
+
+HAS_GPU = jax.default_backend() == "gpu"
+on_a_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+
+H100 = jax.sharding.AbstractDevice(
+  device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
+)
+
+
+def arguments(spec, seed=0):
+  keys = jax.random.split(jax.random.key(seed))
+  return spec.x(keys[0]), spec.w(keys[1])
+
+
+def error(y, x, w) -> float:
+  """‖y − x · W‖ / ‖x · W‖ by float64, of the weight that `w` stands for."""
+  expected = np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)
+  return float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
+
+
+def library_error(x, w) -> float:
+  """Of the product with the weight dequantized to x's dtype."""
+  dense = dequantize(w, x.dtype)
+  return error(jnp.matmul(x, dense, preferred_element_type=jnp.float32).astype(x.dtype), x, w)
+
+
+# Few rows
+
+# K in parts that the warps do not share evenly; N that the tile does not divide; every block size
+# and kind of scale; both ways to tell the planes apart.
+FEW_ROWS = [
+  ArgumentSpec(256, 64, (1,), "bfloat16"),
+  ArgumentSpec(384, 36, (4,), "bfloat16", block_size=128),
+  ArgumentSpec(128, 132, (3,), "float16", block_size=32, double_quantization=False),
+  ArgumentSpec(2176, 32, (2,), "bfloat16", block_size=4096),
+  ArgumentSpec(384, 28, (4,), "bfloat16", block_size=192, codebook="fp4"),
+  ArgumentSpec(256, 40, (5,), "bfloat16", block_size=16),
+  ArgumentSpec(640, 32, (16,), "bfloat16"),
+  ArgumentSpec(256, 132, (19,), "bfloat16", block_size=32),
+  ArgumentSpec(256, 32, (9,), "float16", codebook="equal_mass16"),
+  ArgumentSpec(256, 32, (4,), "bfloat16", block_size=16, codebook="int4_signed"),
+]
+
+
+@pytest.mark.parametrize("column_warps", [1, 4])
+@pytest.mark.parametrize("spec", FEW_ROWS, ids=str)
+def test_few_rows_thread_by_thread(spec, column_warps):
+  x, w = arguments(spec)
+  tiles = Tiles(gpu_few_rows.default_tiles(len(x), spec.n).rows, column_warps)
+  assert gpu_few_rows.unsupported(x, w, tiles) is None
+  y = simulate(x, w, tiles)
+  # The levels are rounded where the library's weights are, so that the errors are alike; both
+  # are of a few hundred outputs alone.
+  assert error(y, x, w) < 1.3 * library_error(x, w)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_few_rows_reads_each_code_at_its_place(rows, block_size):
+  # A row of x that picks one weight of each output, every place of K in turn.
+  w = quantize(jax.random.normal(jax.random.key(0), (256, 36)), block_size=block_size)
+  tiles = gpu_few_rows.default_tiles(rows, 36)
+  dense = np.asarray(dequantize(w))
+  places = range(0, 256, rows) if rows > 1 else range(0, 256, 5)
+  for first in places:
+    x = jnp.eye(256, dtype=jnp.float16)[first : first + rows]
+    y = simulate(x, w, tiles)
+    np.testing.assert_allclose(y, dense[first : first + rows], rtol=2e-3)
+  assert set(np.unique(w.codes & 15)) == set(range(16))
+
+
+def test_few_rows_says_what_it_does_not_serve():
+  def reason(spec, tiles=None):
+    x, w = jax.eval_shape(lambda: arguments(spec))
+    return gpu_few_rows.unsupported(x, w, tiles or gpu_few_rows.default_tiles(1, spec.n))
+
+  assert "x is float32" in reason(ArgumentSpec(256, 16))
+  assert "K = 172 and N = 64" in reason(ArgumentSpec(172, 64, dtype="bfloat16"))
+  assert "K = 256 and N = 6;" in reason(ArgumentSpec(256, 6, dtype="bfloat16"))
+  assert "other than 4 bits" in reason(ArgumentSpec(256, 16, dtype="bfloat16", codebook="nf3"))
+  assert "block size 48" in reason(ArgumentSpec(256, 16, dtype="bfloat16", block_size=48))
+  large = ArgumentSpec(28672, 8192, dtype="bfloat16", block_size=16)
+  assert "of shared memory" in reason(large, Tiles(4, 2))
+  for spec in specs.REAL:
+    assert reason(spec) is None, spec
+
+
+# Dequantizing
+
+
+# Each width on whole groups and on a ragged K; blocks that tiles share and that they do not; N
+# that the tile does not divide; zero-points; each kind of scale.
+DEQUANTIZED = [
+  *(
+    ArgumentSpec(k, n, codebook=codebook)
+    for codebook in ("nf2", "nf3", "nf4", "int8")
+    for k, n in ((256, 256), (172, 5))
+  ),
+  ArgumentSpec(384, 300, dtype="bfloat16", block_size=48, double_quantization=False),
+  ArgumentSpec(384, 16, block_size=1),
+  ArgumentSpec(512, 33, dtype="bfloat16", block_size=4096),
+  ArgumentSpec(171, 16, codebook="int4_zero_point", block_size=32, double_quantization=False),
+  ArgumentSpec(256, 16, codebook="int4_zero_point", block_size=32, double_quantization=False),
+]
+
+
+@pytest.mark.parametrize("spec", [*DEQUANTIZED, *(specs.SMALL if HAS_GPU else ())], ids=str)
+def test_dequantize_is_the_definition(spec):
+  _, w = arguments(spec)
+  found = gpu_dequantize.dequantize(w, spec.dtype, interpret=not HAS_GPU)
+  np.testing.assert_array_equal(found, dequantize(w, spec.dtype))
+
+
+# Lowering
+
+
+def lowered(f, *args) -> str:
+  mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)
+  with jax.sharding.use_abstract_mesh(mesh):
+    return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("spec", specs.REAL, ids=str)
+def test_every_real_shape_lowers_for_an_h100(spec):
+  x, w = jax.eval_shape(lambda: arguments(spec))
+  few = len(x.shape) and x.shape[0] <= gpu.MOST_FEW_ROWS
+  text = lowered(quantized_matmul, x, w)
+  assert ("mosaic_gpu" in text) == few
+  assert ("triton" in text) != few
+  gradient = lowered(jax.grad(lambda x, w: quantized_matmul(x, w).astype(jnp.float32).sum()), x, w)
+  assert "triton" in gradient
+
+
+@pytest.mark.parametrize("spec", specs.SMALL, ids=str)
+def test_every_small_case_lowers_for_an_h100(spec):
+  x, w = jax.eval_shape(lambda: arguments(spec))
+  text = lowered(functools.partial(quantized_matmul, implementation="gpu"), x, w)
+  assert "mosaic_gpu" in text or "triton" in text
+
+
+def test_stacks_lower_under_scan_and_vmap():
+  spec = ArgumentSpec(256, 64, (3,), "bfloat16")
+  x = jax.ShapeDtypeStruct((4, 3, 256), jnp.bfloat16)
+  stack = jax.eval_shape(lambda: spec.w(jax.random.key(0), (4,)))
+  assert "mosaic_gpu" in lowered(jax.vmap(quantized_matmul), x, stack)
+
+  def scanned(x, stack):
+    return jax.lax.scan(lambda c, w: (c, quantized_matmul(c, w)), x[0], stack)
+
+  assert "mosaic_gpu" in lowered(scanned, x, stack)
+  many = jax.ShapeDtypeStruct((4, 300, 256), jnp.bfloat16)
+  assert "triton" in lowered(jax.vmap(quantized_matmul), many, stack)
+
+
+# The choice
+
+
+def test_a_cpu_is_named_where_it_cannot_serve():
+  if HAS_GPU:
+    pytest.skip("a GPU can")
+  x, w = arguments(ArgumentSpec(128, 16))
+  with pytest.raises(ValueError, match="'gpu' cannot serve this: the computation is for a cpu"):
+    quantized_matmul(x, w, implementation="gpu")
+
+
+def test_an_older_gpu_is_announced_once(monkeypatch):
+  older = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=108, platform="gpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=older)
+  x, w = jax.eval_shape(lambda: arguments(ArgumentSpec(256, 64, (1,), "bfloat16")))
+  with jax.sharding.use_abstract_mesh(mesh):
+    with pytest.warns(UserWarning, match="NVIDIA A100 is older than Hopper"):
+      text = str(jax.make_jaxpr(quantized_matmul)(x, w))
+    assert "dequantize" in text and "few_rows" not in text
+    jax.make_jaxpr(lambda x, w: quantized_matmul(x + 1, w))(x, w)  # says nothing more
+
+
+# On a GPU
+
+
+def gpu_matmul(x, w):
+  return jax.jit(functools.partial(quantized_matmul, implementation="gpu"))(x, w)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("spec", [*specs.SMALL, *FEW_ROWS, *specs.REAL], ids=str)
+def test_on_a_gpu(spec):
+  x, w = arguments(spec)
+  y = gpu_matmul(x, w)
+  assert (y.shape, y.dtype) == ((*spec.rows, spec.n), x.dtype)
+  if spec.dtype == "float32":
+    with jax.default_matmul_precision("highest"):
+      assert error(gpu_matmul(x, w), x, w) < 1e-5
+  # Of outputs so few that chance rules, more is allowed.
+  slack = 1.1 if y.size >= 4096 else 1.5
+  assert error(y, x, w) < slack * library_error(x, w)
+  np.testing.assert_array_equal(gpu_matmul(x, w), y)
+  g = jax.random.normal(jax.random.key(2), y.shape, y.dtype)
+  (dx,) = jax.vjp(lambda x: quantized_matmul(x, w, implementation="gpu"), x)[1](g)
+  dense = dequantize(w, x.dtype)
+  library = jnp.matmul(g, dense.T, preferred_element_type=jnp.float32).astype(g.dtype)
+  np.testing.assert_allclose(
+    np.asarray(dx, np.float32), np.asarray(library, np.float32), rtol=2e-2, atol=1e-2
+  )
+
+
+@on_a_gpu
+@pytest.mark.parametrize("rows", [1, 3, 7, 16, 30])
+def test_a_stack_on_a_gpu(rows):
+  spec = ArgumentSpec(384, 164, (rows,), "bfloat16")
+  x = jax.random.normal(jax.random.key(0), (5, rows, 384), jnp.bfloat16)
+  stack = spec.w(jax.random.key(1), (5,))
+  layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(5)]
+  expected = [gpu_matmul(row, layer) for row, layer in zip(x, layers, strict=True)]
+  np.testing.assert_array_equal(jax.jit(jax.vmap(quantized_matmul))(x, stack), jnp.stack(expected))
+  scan = jax.jit(lambda x, w: jax.lax.scan(lambda _, p: (None, quantized_matmul(*p)), None, (x, w)))
+  np.testing.assert_array_equal(scan(x, stack)[1], jnp.stack(expected))
+
+
+def test_the_registry_prefers_the_gpu():
+  assert next(iter(api.IMPLEMENTATIONS)) == "gpu"

@@ -41,7 +41,6 @@ def unsupported(x: jax.Array, w: AnyQuantizedTensor) -> str | None:
 
 def forward(x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   """`[..., K] · [K, N] → [..., N]`, accumulated in float32, in x's dtype."""
-  assert isinstance(w, QuantizedTensor)
   k, n = w.shape
   rows = x.reshape(-1, k)
   if kernel := _few_rows(rows, w):
@@ -54,20 +53,21 @@ def forward(x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
 
 def input_gradient(g: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   """`[..., N] · [K, N]ᵀ → [..., K]`, in g's dtype."""
-  assert isinstance(w, QuantizedTensor)
   g, w = jax.lax.optimization_barrier((g, w))
   dense = _dequantize(w, g.dtype)
   return jnp.matmul(g, dense.T, preferred_element_type=jnp.float32).astype(g.dtype)
 
 
-def _dequantize(w: QuantizedTensor, dtype: DTypeLike) -> jax.Array:
+def _dequantize(w: AnyQuantizedTensor, dtype: DTypeLike) -> jax.Array:
   from qlora_jax.matmul import gpu_dequantize
 
+  assert isinstance(w, QuantizedTensor)
   return gpu_dequantize.dequantize(w, dtype)
 
 
-def _few_rows(x: jax.Array, w: QuantizedTensor) -> Any:
+def _few_rows(x: jax.Array, w: AnyQuantizedTensor) -> Any:
   """The kernel for a few rows, or None where it does not serve these."""
+  assert isinstance(w, QuantizedTensor)
   if not 1 <= x.shape[0] <= MOST_FEW_ROWS:
     return None
   from qlora_jax.matmul import gpu_few_rows

@@ -116,16 +116,10 @@ def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
 def specialize(x: Any, w: QuantizedTensor, tiles: Tiles) -> tuple["Shape", list[jax.Array]]:
   """What the program is made for, and what it reads the scales from."""
   scales = w.scales
-  nested = isinstance(scales, NestedScales)
-  shape = Shape(
-    *x.shape,
-    w.shape[1],
-    w.block_size,
-    scales.block_size if nested else None,
-    x.dtype.name,
-    tiles,
-  )
-  if not nested:
+  nested_block_size = scales.block_size if isinstance(scales, NestedScales) else None
+  (m, k), (_, n) = x.shape, w.shape
+  shape = Shape(m, k, n, w.block_size, nested_block_size, x.dtype.name, tiles)
+  if not isinstance(scales, NestedScales):
     return shape, [scales.astype(jnp.float32)]
   dynamic_map = jnp.asarray(codebooks.dynamic_map())
   return shape, [scales.codes, scales.absmax, scales.offset.reshape(1), dynamic_map]

@@ -11,10 +11,13 @@ from typing import Any
 
 import jax
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import utils as _typed_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf
+
+# What it has, differs by JAX's version; the kernels are for those from 0.11.2 on (`gpu`).
+utils: Any = _typed_utils
 
 _NAMES = {"bfloat16": "bf16", "float16": "f16"}
 
@@ -203,8 +206,8 @@ class Thread:
 
   def select(self, condition: Integer, yes: int, no: int) -> Integer:
     """One of two constants."""
-    both = self.integer(yes).value, self.integer(no).value
-    return Integer(arith.select(condition.value, *both))
+    chosen = arith.select(condition.value, self.integer(yes).value, self.integer(no).value)
+    return Integer(chosen)
 
   def minimum(self, a: Integer, b: int) -> Integer:
     """The smaller of the two."""
@@ -256,7 +259,8 @@ class Thread:
       return jax.tree.unflatten(tree, wrapped)
 
     bounds = [self.integer(bound).value for bound in (0, count, 1)]
-    loop = scf.ForOp(*bounds, [_unwrap(leaf) for leaf in leaves])
+    lower, upper, step = bounds
+    loop = scf.ForOp(lower, upper, step, [_unwrap(leaf) for leaf in leaves])
     with ir.InsertionPoint(loop.body):
       result = body(Integer(loop.induction_variable), wrap(loop.inner_iter_args))
       scf.YieldOp([_unwrap(leaf) for leaf in jax.tree.leaves(result)])

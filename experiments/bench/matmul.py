@@ -1,0 +1,254 @@
+"""The packed product beside its peers: time, share of the floor, error.
+
+  python -m experiments.bench.matmul --out matmul.json [--shapes 4096x14336,…] [--rows 1,16,…]
+
+On one GPU, NF4 in blocks of 64 with double quantization, bf16. Every call of a timed program has a
+weight of its own in turn, so many that the L2 cache does not hold them. `us` is what the device was
+busy, by the profiler; `call_us` is the program's time by its calls, launches included. The floor is
+the larger of the packed bytes at the speed of a copy and the products at that of a large bf16 one,
+both measured in the same run. Peers run where they are installed (torch with bitsandbytes; Qwix).
+"""
+
+import argparse
+import collections
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax import dequantize, quantize, quantized_matmul
+
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))
+ROWS = (1, 4, 16, 32, 64, 512, 4096)
+# More than the 50 MB of an H100's L2.
+_ROTATED_BYTES = 192 << 20
+_CALLS = 12
+
+
+def busy(function: Callable[[], Any], calls: int) -> dict[str, float]:
+  """Runs `function`, which makes `calls` calls: their device and wall time in µs, medians."""
+  jax.block_until_ready(function())
+  walls = []
+  for _ in range(7):
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    walls.append(time.perf_counter() - start)
+  totals: list[float] = []
+  with tempfile.TemporaryDirectory() as directory:
+    with jax.profiler.trace(directory):
+      for _ in range(3):
+        jax.block_until_ready(function())
+    by_name = collections.defaultdict(list)
+    for file in Path(directory).rglob("*.xplane.pb"):
+      for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+        if "/device:GPU" not in plane.name:
+          continue
+        for line in plane.lines:
+          if line.name and "Stream" in line.name:
+            for event in line.events:
+              by_name[event.name].append(event.duration_ns)
+    # A kernel may run several times a call; those of one call are alike.
+    totals = [
+      statistics.median(durations) * len(durations) / (3 * calls) for durations in by_name.values()
+    ]
+  return {"us": sum(totals) / 1e3, "call_us": statistics.median(walls) / calls * 1e6}
+
+
+def time_jax(function: Callable, arguments: Sequence[tuple]) -> dict[str, float]:
+  """One program that makes a call with each of `arguments`."""
+  program = jax.jit(lambda arguments: [function(*each) for each in arguments])
+  return busy(lambda: program(arguments), len(arguments))
+
+
+def error(y: Any, x: Any, dense: np.ndarray) -> float:
+  """‖y − x · W‖ / ‖x · W‖ of the first 64 outputs, by float64."""
+  expected = np.asarray(x, np.float64) @ dense
+  found = np.asarray(y, np.float64)[:, : dense.shape[1]]
+  return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def measure_ceilings() -> dict[str, float]:
+  """Bytes a second of a copy, read and write, and FLOP a second of a large bf16 product."""
+  x = jnp.ones((512 << 20,), jnp.bfloat16)
+  copy = busy(functools.partial(jax.jit(lambda x: x + 1), x), 1)["us"]
+  a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
+  product = busy(functools.partial(jax.jit(lambda a: a @ a), a), 1)["us"]
+  return {"bytes_s": 2 * x.nbytes / copy * 1e6, "flop_s": 2 * 8192**3 / product * 1e6}
+
+
+def measure(k: int, n: int, rows: Sequence[int], ceilings: dict[str, float]) -> list[dict]:
+  """All implementations in JAX, of one weight's shape."""
+  count = max(2, -(-_ROTATED_BYTES // (k * n // 2)))
+  pack = jax.jit(lambda key: quantize(jax.random.normal(key, (k, n)) * 0.02))
+  packed = [pack(jax.random.key(i)) for i in range(count)]
+  plain_count = max(2, -(-_ROTATED_BYTES // (k * n * 2)))
+  plain = [dequantize(w, jnp.bfloat16) for w in packed[:plain_count]]
+  exact = np.asarray(dequantize(packed[0])[:, :64], np.float64)
+  results = []
+
+  def record(work, m, name, timing, err=None, floor=None):
+    result = {"work": work, "k": k, "n": n, "m": m, "implementation": name, **timing}
+    if err is not None:
+      result["error"] = err
+    if floor:
+      result["share_of_floor"] = floor / timing["us"]
+    results.append(result)
+    print(json.dumps(result), flush=True)
+
+  copied = packed[0].nbytes + 2 * k * n
+  for name, function in (
+    ("gpu", _gpu_dequantize),
+    ("xla", functools.partial(dequantize, dtype=jnp.bfloat16)),
+  ):
+    timing = time_jax(function, [(w,) for w in packed])
+    record("dequantize", 0, name, timing, floor=copied / ceilings["bytes_s"] * 1e6)
+
+  for m in rows:
+    xs = [jax.random.normal(jax.random.key(i), (m, k), jnp.bfloat16) for i in range(_CALLS)]
+    few = [(x, packed[i % count]) for i, x in enumerate(xs)]
+    dense = [(x, plain[i % len(plain)]) for i, x in enumerate(xs)]
+    floor = max(
+      (packed[0].nbytes + 2 * m * (k + n)) / ceilings["bytes_s"], 2 * m * k * n / ceilings["flop_s"]
+    )
+    candidates: dict[str, tuple[Callable, list]] = {
+      name: (functools.partial(quantized_matmul, implementation=name), few)
+      for name in ("gpu", "xla")
+    }
+    candidates["bf16 library"] = (jnp.matmul, dense)
+    if qwix := _qwix(packed, k, n):
+      candidates["qwix"] = (qwix[0], [(x, qwix[1][i % count]) for i, x in enumerate(xs)])
+    for name, (function, arguments) in candidates.items():
+      timing = time_jax(function, arguments)
+      y = jax.jit(function)(*arguments[0])
+      err = None if name == "qwix" else error(y, xs[0], exact)
+      record("forward", m, name, timing, err, floor * 1e6)
+    if m >= 512:
+      for name, (function, arguments) in candidates.items():
+        if name != "qwix":
+          step = functools.partial(_forward_and_gradient, function)
+          record("forward and dx", m, name, time_jax(step, arguments), floor=2e6 * floor)
+  return results
+
+
+def _gpu_dequantize(w: Any) -> jax.Array:
+  from qlora_jax.matmul import gpu_dequantize
+
+  return gpu_dequantize.dequantize(w, jnp.bfloat16)
+
+
+def _forward_and_gradient(function: Callable, x: jax.Array, w: Any) -> Any:
+  y, pullback = jax.vjp(lambda x: function(x, w), x)
+  return y, pullback(y)
+
+
+def _qwix(packed: list, k: int, n: int) -> Any:
+  """Qwix's product and its weights, or None where it is not installed."""
+  if importlib.util.find_spec("qwix") is None:
+    return None
+  from qwix._src.core import qarray  # pyright: ignore[reportMissingImports]
+  from qwix._src.core.dot import dot  # pyright: ignore[reportMissingImports]
+
+  how = qarray.HowToQuantize(qtype="nf4", channelwise_axes=[1], tiled_axes={0: 64})
+  make = jax.jit(lambda key: qarray.quantize(jax.random.normal(key, (k, n), jnp.bfloat16), how))
+  return dot, [make(jax.random.key(i)) for i in range(len(packed))]
+
+
+def measure_bitsandbytes(k: int, n: int, rows: Sequence[int]) -> list[dict]:
+  """bitsandbytes' product, timed as ours, in torch."""
+  import bitsandbytes  # pyright: ignore[reportMissingImports]
+  import torch  # pyright: ignore[reportMissingImports]
+  from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
+
+  count = max(2, -(-_ROTATED_BYTES // (k * n // 2)))
+  packed = [
+    functional.quantize_4bit(
+      torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02,
+      quant_type="nf4",
+      blocksize=64,
+      compress_statistics=True,
+    )
+    for _ in range(count)
+  ]
+  results = []
+
+  def record(work, m, function):
+    def program():
+      for i in range(_CALLS):
+        function(*packed[i % count])
+
+    for _ in range(3):
+      program()
+    torch.cuda.synchronize()
+    walls = []
+    for _ in range(7):
+      start = time.perf_counter()
+      program()
+      torch.cuda.synchronize()
+      walls.append(time.perf_counter() - start)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+      program()
+      torch.cuda.synchronize()
+    device = sum(event.self_device_time_total for event in profile.key_averages())
+    result = {"work": work, "k": k, "n": n, "m": m, "implementation": "bitsandbytes"}
+    result |= {"us": device / _CALLS, "call_us": statistics.median(walls) / _CALLS * 1e6}
+    results.append(result)
+    print(json.dumps(result), flush=True)
+
+  record("dequantize", 0, lambda codes, state: functional.dequantize_4bit(codes, state))
+  for m in rows:
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    record("forward", m, lambda codes, state, x=x: bitsandbytes.matmul_4bit(x, codes.t(), state))
+  return results
+
+
+def main(argv: Sequence[str]) -> int:
+  """Measures what `argv` asks for, and writes the JSON."""
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.bench.matmul",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--out", type=Path, required=True)
+  parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES))
+  parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+  arguments = parser.parse_args(argv)
+  if jax.default_backend() != "gpu":
+    print(f"error: the device is a {jax.default_backend()}; a GPU is wanted", file=sys.stderr)
+    return 2
+  shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
+  rows = [int(m) for m in arguments.rows.split(",")]
+  ceilings = measure_ceilings()
+  print(json.dumps(ceilings), flush=True)
+  results = []
+  for k, n in shapes:
+    results += measure(k, n, rows, ceilings)
+    if importlib.util.find_spec("bitsandbytes") is not None:
+      results += measure_bitsandbytes(k, n, rows)
+  versions = {}
+  for name in ("jax", "torch", "bitsandbytes", "qwix"):
+    if importlib.util.find_spec(name) is not None:
+      versions[name] = importlib.metadata.version(name)
+  report = {
+    "device": jax.devices()[0].device_kind,
+    "versions": versions,
+    "ceilings": ceilings,
+    "results": results,
+  }
+  arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

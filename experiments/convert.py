@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors
+
 PROGRAM = "python -m experiments.convert"
 
 
@@ -137,7 +139,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
   import jax.numpy as jnp
 
   from qlora_jax import QuantizationConfig, hf, memory, tree_paths
-  from qlora_jax.hf import checkpoint, hub
+  from qlora_jax.hf import checkpoint
   from qlora_jax.models.transformer import Transformer
 
   config = QuantizationConfig(
@@ -149,7 +151,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
   if arguments.format == "bitsandbytes" and config.codebook not in ("nf4", "fp4"):
     raise ValueError(f"--codebook: {config.codebook!r}; bitsandbytes has nf4 and fp4 alone")
   if arguments.dry_run:
-    directory = hub.resolve(arguments.model)
+    directory = checkpoint.model_directory(arguments.model)
     model = Transformer(checkpoint.read_config(directory))
     checkpoint.packing(directory)
     rules = checkpoint.default_rules(config)
@@ -170,20 +172,27 @@ def _quantize(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
   import jax.numpy as jnp
 
-  from qlora_jax import QuantizationConfig, hf
+  from qlora_jax import QuantizationConfig, hf, tree_paths
   from qlora_jax.hf import checkpoint, saving
 
-  # A dense base stays in its files. float32: the sample's logits are to show the files' rounding,
-  # not the computation's.
-  opened = hf.open_stored if checkpoint.is_dense(arguments.model) else hf.load
-  model, frozen = opened(arguments.model, dtype=jnp.float32)
-  params, constants, _ = hf.load_adapter(arguments.adapter, frozen, model=model)
-  if arguments.dry_run:
-    print(f"{arguments.out}: {arguments.model} with {arguments.adapter} would be written")
-    return
-  live = _logits(model, frozen, params, constants) if arguments.check else None
+  rules = None
   if arguments.quantize:
     rules = checkpoint.default_rules(QuantizationConfig(arguments.quantize))
+  directory = checkpoint.model_directory(arguments.model)
+  # A dense base stays in its files. float32: the sample's logits are to show the files' rounding,
+  # not the computation's.
+  opened = hf.open_stored if checkpoint.is_dense(directory) else hf.load
+  model, frozen = opened(directory, dtype=jnp.float32)
+  params, constants, _ = hf.load_adapter(arguments.adapter, frozen, model=model)
+  # What cannot be merged is refused here, before an hour of logits.
+  dtype = jnp.float32 if rules else arguments.dtype
+  planned = saving.merged_shapes(frozen, params, constants, dtype, rules)
+  if arguments.dry_run:
+    size = _size(tree_paths.tree_bytes(planned))
+    print(f"{arguments.out}: {size} would be written, {arguments.model} with {arguments.adapter}")
+    return
+  live = _logits(model, frozen, params, constants) if arguments.check else None
+  if rules:
     merged = saving.merge_into_bits(frozen, params, constants, rules)
     model = saving.untied(model, merged)
     if live is not None:
@@ -257,8 +266,21 @@ def _size(nbytes: int) -> str:
 
 
 def _write(arguments: argparse.Namespace, write: Callable[[Path], None]) -> None:
-  """Writes to OUT; what is there already is replaced once the new is whole."""
-  out = arguments.out.absolute()
+  """Writes to OUT; what is there already is replaced once the new is whole.
+
+  Raises:
+    OSError: a full disk, say; the message names OUT.
+  """
+  try:
+    _replace(arguments.out.absolute(), write)
+  except (OSError, safetensors.SafetensorError) as error:
+    # Ours name a path, and so do those of opening a file; those of writing to it do not.
+    if isinstance(error, OSError) and (error.errno is None or error.filename):
+      raise
+    raise OSError(f"{arguments.out}: not written: {error}") from None
+
+
+def _replace(out: Path, write: Callable[[Path], None]) -> None:
   if not out.exists():
     write(out)
     return

@@ -239,7 +239,9 @@ def _norm(w: Any) -> jax.Array:
     return _norm_in_memory(w)
   # It lies in a file (`hf.stored`), and indexing reads a part.
   if w.ndim > 2:
-    return jnp.stack([_norm_in_memory(w[layer]) for layer in range(w.shape[0])])
+    # Waits, so that layers are not read before those ahead of them are done with.
+    norms = [jax.block_until_ready(_norm_in_memory(w[layer])) for layer in range(w.shape[0])]
+    return jnp.stack(norms)
   return _norm_in_memory(w[()])
 
 
@@ -451,7 +453,14 @@ def _ratio(magnitude: jax.Array, square: jax.Array) -> jax.Array:
   return jnp.where(usable, magnitude.astype(jnp.float32) / norm, 1)
 
 
-def merge(frozen: Any, params: Any, constants: Any, dtype: DTypeLike = jnp.float32) -> Any:
+def merge(
+  frozen: Any,
+  params: Any,
+  constants: Any,
+  dtype: DTypeLike = jnp.float32,
+  *,
+  tied: bool | None = None,
+) -> Any:
   """The base with its adapters added in, as plain arrays: W + s · A · B, or what DoRA makes of it.
 
   Computed in float32, rounded once to `dtype`. A full leaf of `params` at a base weight's
@@ -460,6 +469,7 @@ def merge(frozen: Any, params: Any, constants: Any, dtype: DTypeLike = jnp.float
   Args:
     frozen, params, constants: as the model reads them; params and constants may be {}.
     dtype: of the result.
+    tied: whether the head is the token table, said of a part of a base; else `frozen` shows it.
 
   Returns:
     `frozen`'s tree with an array for each leaf. Where the head is tied to the token table and the
@@ -502,7 +512,8 @@ def merge(frozen: Any, params: Any, constants: Any, dtype: DTypeLike = jnp.float
     lambda path, w: merged_leaf(tree_paths.path_string(path), w), frozen, is_leaf=is_quantized
   )
   own = {HEAD, *(f"{module(HEAD)}/{name}" for name in ("lora_a", "lora_bias"))}
-  if is_tied(frozen) and not full.keys().isdisjoint(own | {f"{module(TABLE)}/lora_a"}):
+  tied = is_tied(frozen) if tied is None else tied
+  if tied and not full.keys().isdisjoint(own | {f"{module(TABLE)}/lora_a"}):
     table = full.get(TABLE, tree_paths.leaves(frozen)[TABLE])
     merged = {**merged, module(HEAD): {"kernel": merged_leaf(HEAD, table.T)}}
   for path in sorted(set(full) - used):

@@ -96,7 +96,8 @@ def load(
       not finite; a file that is cut short; a base that is packed otherwise than asked. One line
       with the file and the tensor.
   """
-  directory, model = _model(path, dtype, remat, implementation)
+  directory = model_directory(path)
+  model = _model(directory, dtype, remat, implementation)
   if storage_dtype is not None:
     storage_dtype = float_dtype("storage_dtype", storage_dtype)
   rules = default_rules(quantization)
@@ -129,7 +130,7 @@ def open_stored(
 ) -> tuple[Transformer, dict[str, Any]]:
   """As `load`, of a dense checkpoint, but its weights stay in their files until they are indexed.
 
-  For what goes through a base a layer at a time: `load_adapter`, `save_merged`, `stored.logits`.
+  For what goes through a base in parts: `load_adapter`, `save_merged`, `stored.logits`.
 
   Args:
     path: a directory with config.json and dense safetensors, or a hub id.
@@ -141,11 +142,11 @@ def open_stored(
   Raises:
     FileNotFoundError, ValueError: as `load`; a base that is packed.
   """
-  if not is_dense(path):
-    raise ValueError(f"{path}: packed; `load` opens it")
-  directory, model = _model(path, dtype)
-  tensors = Tensors(directory)
-  return model, _Reader(tensors, model, {}, None, lambda _, value: value, False).stored()
+  directory = model_directory(path)
+  if not is_dense(directory):
+    raise ValueError(f"{directory}: packed; `load` opens it")
+  model = _model(directory, dtype)
+  return model, _Reader(Tensors(directory), model, {}, None, lambda _, value: value, False).stored()
 
 
 def default_rules(
@@ -165,15 +166,17 @@ def read_config(path: str | os.PathLike[str]) -> TransformerConfig:
   Raises:
     FileNotFoundError, ValueError: as `load`.
   """
-  directory = _directory(path)
+  directory = model_directory(path)
   return _read_config(directory, read_json(directory / "config.json"))
 
 
 def _model(
-  path: str | os.PathLike[str], dtype: DTypeLike | None, *args: Any
-) -> tuple[Path, Transformer]:
-  """The checkpoint's directory, and the model of its config."""
-  directory = _directory(path)
+  directory: Path,
+  dtype: DTypeLike | None,
+  remat: RematPolicy = "none",
+  implementation: str | None = None,
+) -> Transformer:
+  """The model of a checkpoint's config."""
   raw = read_json(directory / "config.json")
   config = dataclasses.replace(_read_config(directory, raw), hf_directory=str(directory))
   if dtype is None:
@@ -183,7 +186,7 @@ def _model(
     compute = float_dtype(f"{directory}: config.json: dtype", dtype)
   else:
     compute = float_dtype("dtype", dtype)
-  return directory, Transformer(config, compute, *args)
+  return Transformer(config, compute, remat, implementation)
 
 
 def float_dtype(name: str, value: DTypeLike) -> np.dtype:
@@ -204,20 +207,24 @@ def _read_config(directory: Path, raw: Mapping[str, Any]) -> TransformerConfig:
     raise ValueError(f"{directory}: {error}") from None
 
 
-def _directory(path: str | os.PathLike[str]) -> Path:
+def model_directory(path: str | os.PathLike[str]) -> Path:
+  """The directory of a model, from its path or hub id.
+
+  Raises:
+    FileNotFoundError: there is none, or it has no config.json.
+  """
   directory = hub.resolve(path)
   if not (directory / "config.json").exists():
     raise FileNotFoundError(f"{directory}: not a model: config.json was looked for")
   return directory
 
 
-def is_dense(path: str | os.PathLike[str]) -> bool:
-  """Whether the checkpoint at `path` is of plain weights.
+def is_dense(directory: Path) -> bool:
+  """Whether a checkpoint is of plain weights.
 
   Raises:
-    FileNotFoundError, ValueError: as `load`.
+    ValueError: see `packing`.
   """
-  directory = _directory(path)
   return not packed.is_packed(directory) and packing(directory) is None
 
 
@@ -679,7 +686,7 @@ class _PackedStack(_Stack):
     if self.value is None:
       self.value = jax.tree.map(lambda x: jnp.zeros((*self._leading, *x.shape), x.dtype), value)
     try:
-      self.value = _write_packed(self.value, value, rows.matrix.index)
+      self.value = write_whole(self.value, value, rows.matrix.index)
     except ValueError as error:
       # Unlike tree structures: the layers are packed in different ways.
       raise ValueError(
@@ -688,5 +695,6 @@ class _PackedStack(_Stack):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_packed(stack, one, index):
+def write_whole(stack: Any, one: Any, index: tuple[int, ...]) -> Any:
+  """Writes the tree of one matrix into that of a stack, which is overwritten."""
   return _put_whole(stack, one, index)

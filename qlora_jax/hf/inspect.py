@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import safetensors
 
 from qlora_jax import tree_paths
+from qlora_jax.fingerprint import checksum
 from qlora_jax.hf import bitsandbytes, checkpoint, packed
 from qlora_jax.hf.files import read_json
 from qlora_jax.hf.tensors import Tensors
@@ -23,8 +25,9 @@ _ADAPTER = "adapter_config.json"
 def inspect(path: str | os.PathLike[str]) -> str:
   """Describes a directory in a few lines: kind, family, sizes, which tensors in how many bits.
 
-  Reads headers, and a tied head that is there beside its table, to compare them. A model or an
-  adapter that is not whole is described with the reason.
+  Reads headers, and a tied head that is there beside its table, to compare them; of a packed base
+  all files, a leaf at a time, for its fingerprint. A model or an adapter that is not whole is
+  described with the reason.
 
   Raises:
     FileNotFoundError: no such directory.
@@ -68,15 +71,20 @@ def _model(directory: Path) -> Iterator[str]:
     f"{config.num_heads} heads of {config.head_dim} ({config.num_kv_heads} of keys), "
     f"vocabulary {config.vocab_size}{', tied head' if config.tie_embeddings else ''}"
   )
+  model, is_packed = Transformer(config), packed.is_packed(directory)
   try:
-    if packed.is_packed(directory):
-      yield from _packed(directory, Transformer(config))
-    else:
-      yield from _tensors(directory, Transformer(config))
+    yield from _packed(directory, model) if is_packed else _tensors(directory, model)
   except (ValueError, OSError) as error:
     yield f"cannot be read: {error}"
     return
-  yield "whole: every tensor that the config asks for is there, in its shape"
+  if is_packed:
+    try:
+      _check_bits(directory, model)
+    except (ValueError, OSError) as error:
+      yield f"not whole: {error}"
+      return
+  written = ", bit for bit as it was written" if is_packed else ""
+  yield f"whole: every tensor that the config asks for is there, in its shape{written}"
 
 
 def _tensors(directory: Path, model: Transformer) -> Iterator[str]:
@@ -106,8 +114,18 @@ def _packed(directory: Path, model: Transformer) -> Iterator[str]:
   for leaf in tree_paths.leaves(frozen, is_leaf=is_quantized).values():
     kind = checkpoint.describe(leaf) if is_quantized(leaf) else jnp.dtype(leaf.dtype).name
     rows.append((kind, leaf.size, tree_paths.tree_bytes(leaf)))
-  yield f"made from {manifest['source']}, fingerprint {manifest['fingerprint']}"
+  yield f"made from {manifest.get('source')}, fingerprint {manifest['fingerprint']}"
   yield from _table(rows)
+
+
+def _check_bits(directory: Path, model: Transformer) -> None:
+  sums = packed.read(
+    directory,
+    checkpoint.model_shapes(model),
+    lambda _, leaf: jax.tree.map(checksum, leaf),
+    progress=True,
+  )
+  packed.check_fingerprint(directory, sums)
 
 
 def _table(rows: list[tuple[str, int, int]]) -> Iterator[str]:

@@ -108,18 +108,26 @@ def read_manifest(directory: Path) -> dict[str, Any]:
   """The manifest of a packed base.
 
   Raises:
-    ValueError: it is of another format than this version writes.
+    ValueError: it is of another format than this version writes, or has no fingerprint.
   """
   manifest = read_json(directory / MANIFEST)
   if manifest.get("format") != _FORMAT or not isinstance(manifest.get("leaves"), dict):
     raise ValueError(
       f"{directory / MANIFEST}: format {manifest.get('format')!r}; this version reads {_FORMAT}"
     )
+  if not isinstance(manifest.get("fingerprint"), str):
+    raise ValueError(
+      f"{directory / MANIFEST}: fingerprint {manifest.get('fingerprint')!r}; a string is wanted, "
+      "by which the files are checked; quantize the original again"
+    )
   return manifest
 
 
 def check_fingerprint(directory: Path, frozen: Any) -> None:
   """Compares what was read with what `save_base` wrote, bit for bit.
+
+  Args:
+    frozen: the tree, of arrays or of their `fingerprint.checksum`s.
 
   Raises:
     ValueError: they differ.

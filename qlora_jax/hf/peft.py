@@ -46,7 +46,7 @@ def load_adapter(
 
   Args:
     path: a directory with adapter_config.json and adapter_model.safetensors.
-    frozen: the base, packed or plain.
+    frozen: the base, packed or plain, or left in its files by `open_stored`.
     model: whose family names the layers; where None, the first family that has names for all of
       `frozen`.
 

@@ -1,7 +1,7 @@
 """Models written as Hugging Face directories: dense, merged, or in bitsandbytes' 4 bits.
 
-Tensors are made and written one layer at a time: beside the base that is given, a dense layer is
-held.
+Tensors are made and written in parts: beside the base that is given, a dense layer is held, or the
+token table, or the head, one after another; of a tied pair both.
 """
 
 import dataclasses
@@ -20,13 +20,19 @@ from jax.typing import DTypeLike
 
 from qlora_jax import lora, tree_paths
 from qlora_jax.hf import bitsandbytes
-from qlora_jax.hf.checkpoint import float_dtype, model_shapes
+from qlora_jax.hf.checkpoint import float_dtype, model_shapes, write_whole
 from qlora_jax.hf.files import copy_tokenizer, new_directory, write_json
 from qlora_jax.hf.tensor_file import TensorFile, entry_bytes
 from qlora_jax.hf.tensors import INDEX, SINGLE
 from qlora_jax.models import families
 from qlora_jax.models.transformer import Transformer
-from qlora_jax.quantization import QuantizationConfig, Treatment, quantize, treatments
+from qlora_jax.quantization import (
+  QuantizationConfig,
+  Treatment,
+  quantize,
+  quantize_tree,
+  treatments,
+)
 from qlora_jax.quantized_tensor import NestedScales, is_quantized
 
 # Of a file; a larger model is cut into several.
@@ -53,7 +59,7 @@ def save(
   Raises:
     FileExistsError: there is something at `path`.
     ValueError: a leaf that is packed, missing, of another shape than the model's, or that has no
-      name in the family's files.
+      name in the family's files; a value that is not finite, or that `dtype` cannot hold.
   """
   for leaf, w in tree_paths.leaves(frozen, is_leaf=is_quantized).items():
     if is_quantized(w):
@@ -80,25 +86,26 @@ def save_merged(
   Args:
     path: must not exist.
     model, frozen, params, constants: as `model.apply` takes them. A base that `open_stored` left
-      in its files is read a layer at a time.
+      in its files is read in the same parts as it is written.
     dtype: of the files.
     file_bytes: of tensors in a file.
 
   Raises:
     FileExistsError: there is something at `path`.
-    ValueError: see `save` and `lora.merge`.
+    ValueError: see `save` and `lora.merge`; a value that `dtype` cannot hold.
   """
   dtype = float_dtype("dtype", dtype)
   trees = _flat(frozen, params, constants)
-  layers = _layers(trees)
-
-  shapes = [_merged_shapes(trees, layer, dtype) for layer in layers]
-  model = untied(model, shapes[-1])
+  parts = _parts(trees)
+  abstract = _abstract(trees)
+  shapes = [
+    jax.eval_shape(functools.partial(_merged, part=part, dtype=dtype), abstract) for part in parts
+  ]
+  model = untied(model, {path: like for shape in shapes for path, like in shape.items()})
   config = model.config
   names = _names(model, shapes)
   groups = (
-    _tensors(_merged(trees, layer, dtype), functools.partial(_dense, names=names))
-    for layer in layers
+    _tensors(_merged(trees, part, dtype), functools.partial(_dense, names=names)) for part in parts
   )
   with new_directory(path) as directory:
     write_json(directory / "config.json", families.hf_config(config, dtype.name))
@@ -133,7 +140,7 @@ def save_bitsandbytes(
   if model.config.num_experts:
     raise ValueError("save_bitsandbytes: a mixture of experts; bitsandbytes packs linear layers")
   trees = _flat(frozen)
-  layers = _layers(trees)
+  parts = _parts(trees)
   kinds, nested = set(), set()
   for leaf, w in trees[0].items():
     inner = tree_paths.is_stacked(leaf) and leaf.endswith("/kernel")
@@ -147,9 +154,8 @@ def save_bitsandbytes(
       nested.add(isinstance(w.scales, NestedScales))
   if len(kinds) > 1 or len(nested) > 1:
     raise ValueError("save_bitsandbytes: projections packed in several ways; config.json has one")
-  shapes = [
-    jax.eval_shape(functools.partial(_layer, layer=layer), _abstract(trees))[0] for layer in layers
-  ]
+  abstract = _abstract(trees)
+  shapes = [jax.eval_shape(functools.partial(_part, part=part), abstract)[0] for part in parts]
   names = _names(model, shapes)
 
   def write(path: str, w: Any) -> dict[str, np.ndarray]:
@@ -157,7 +163,7 @@ def save_bitsandbytes(
       return bitsandbytes.arrays(names[path][0], w, dtype.name)
     return _dense(path, w.astype(dtype), names)
 
-  groups = (_tensors(_layer(trees, layer)[0], write) for layer in layers)
+  groups = (_tensors(_part(trees, part)[0], write) for part in parts)
   with new_directory(path) as directory:
     config = families.hf_config(model.config, dtype.name)
     config["quantization_config"] = {
@@ -196,6 +202,9 @@ def merge_into_bits(
 ) -> Any:
   """The base with its adapters merged in, quantized again, one dense layer at a time.
 
+  Each is put into a stack that is made once: beside the base that is given, the new one is held and
+  a dense layer.
+
   What an adapter changed is mostly smaller than the rounding to 4 bits: compare logits before
   trusting the result.
 
@@ -207,24 +216,52 @@ def merge_into_bits(
     A tree as `frozen`, with a QuantizedTensor for each leaf that a rule quantizes.
   """
   trees = _flat(frozen, params, constants)
-  shapes = jax.eval_shape(lora.merge, *map(_abstract, (frozen, params, constants)))
+  shapes = merged_shapes(frozen, params, constants)
   chosen = treatments(shapes, rules)
-  layers: dict[str, list[Any]] = {}
-  whole: dict[str, Any] = {}
-  for layer in _layers(trees):
-    for path, w in _merged(trees, layer, jnp.float32).items():
-      leaf = path if layer is None else path.replace(f"layers/{layer}/", "layers/", 1)
+  counts = {
+    leaf: like.shape[0]
+    for leaf, like in tree_paths.leaves(shapes).items()
+    if tree_paths.is_stacked(leaf)
+  }
+  made: dict[str, Any] = {}
+  for part in _parts(trees):
+    for path, w in _merged(trees, part, jnp.float32).items():
+      leaf = path.replace(f"layers/{part}/", "layers/", 1) if isinstance(part, int) else path
       treatment = chosen[leaf]
       if isinstance(treatment, QuantizationConfig) and tree_paths.is_matrix(path, w):
         w = quantize(w, **dataclasses.asdict(treatment))
       elif treatment is not None and not isinstance(treatment, QuantizationConfig):
         w = w.astype(treatment)
-      if layer is None:
-        whole[leaf] = w
-      else:
-        layers.setdefault(leaf, []).append(w)
-  stacks = {leaf: jax.tree.map(lambda *x: jnp.stack(x), *each) for leaf, each in layers.items()}
-  return tree_paths.nest({**whole, **stacks})
+      if isinstance(part, int):
+        stack = made.pop(leaf) if leaf in made else _empty(counts[leaf], w)
+        w = write_whole(stack, w, (part,))
+      # Waits, so that no more than a layer is dense at once.
+      made[leaf] = jax.block_until_ready(w)
+  return tree_paths.nest(made)
+
+
+def _empty(count: int, one: Any) -> Any:
+  """A stack for so many like `one`."""
+  return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), one)
+
+
+def merged_shapes(
+  frozen: Any,
+  params: Any,
+  constants: Any,
+  dtype: DTypeLike = jnp.float32,
+  rules: Mapping[str, Treatment] | None = None,
+) -> Any:
+  """The shapes of what `save_merged` writes, or given rules of `merge_into_bits`; reads nothing.
+
+  Raises:
+    ValueError: as those do for what the shapes show; see `lora.merge`.
+  """
+  merge = functools.partial(lora.merge, dtype=dtype)
+  shapes = jax.eval_shape(merge, *map(_abstract, (frozen, params, constants)))
+  if rules is None:
+    return shapes
+  return jax.eval_shape(functools.partial(quantize_tree, rules=rules), shapes)
 
 
 def _tensors(
@@ -242,26 +279,37 @@ def _flat(*trees: Any) -> _Trees:
   return tuple(tree_paths.leaves(tree, is_leaf=is_quantized) for tree in trees)
 
 
-def _layers(trees: _Trees) -> list[int | None]:
-  """The indices of the layers; None stands for what is in no stack."""
+# What of a base is held at a time: a layer's index, or the first keys of what is in no stack.
+_Part = int | tuple[str, ...]
+
+
+def _parts(trees: _Trees) -> list[_Part]:
   counts = {w.shape[0] for leaf, w in trees[0].items() if tree_paths.is_stacked(leaf)}
-  return [*range(max(counts, default=0)), None]
+  around = dict.fromkeys(
+    path.partition("/")[0] for tree in trees for path in tree if not tree_paths.is_stacked(path)
+  )
+  keys = [(key,) for key in around]
+  if lora.is_tied(trees[0]):
+    # The one is made of the other.
+    pair = (lora.module(lora.TABLE), lora.module(lora.HEAD))
+    keys = [pair, *(key for key in keys if key[0] not in pair)]
+  return [*range(max(counts, default=0)), *keys]
 
 
-def _layer(trees: _Trees, layer: int | None) -> _Trees:
-  """The leaves of one layer under their virtual paths, sliced now; or those in no stack."""
-  if layer is None:
+def _part(trees: _Trees, part: _Part) -> _Trees:
+  """The leaves of a part, sliced or read now; those of a layer under their virtual paths."""
+  if isinstance(part, tuple):
     return tuple(
       {
         path: jax.tree.map(lambda x: x[()], w)
         for path, w in tree.items()
-        if not tree_paths.is_stacked(path)
+        if not tree_paths.is_stacked(path) and path.partition("/")[0] in part
       }
       for tree in trees
     )
   return tuple(
     {
-      tree_paths.per_layer(path, layer + 1)[layer]: jax.tree.map(lambda x: x[layer], w)
+      tree_paths.per_layer(path, part + 1)[part]: jax.tree.map(lambda x: x[part], w)
       for path, w in tree.items()
       if tree_paths.is_stacked(path)
     }
@@ -269,15 +317,10 @@ def _layer(trees: _Trees, layer: int | None) -> _Trees:
   )
 
 
-def _merged(trees: _Trees, layer: int | None, dtype: DTypeLike) -> dict[str, Any]:
-  """The leaves of one layer with its adapters merged in, under their virtual paths."""
-  group = map(tree_paths.nest, _layer(trees, layer))
-  return tree_paths.leaves(lora.merge(*group, dtype=dtype))
-
-
-def _merged_shapes(trees: _Trees, layer: int | None, dtype: DTypeLike) -> dict[str, Any]:
-  """Those of `_merged`; nothing is read."""
-  return jax.eval_shape(lambda given: _merged(given, layer, dtype), _abstract(trees))
+def _merged(trees: _Trees, part: _Part, dtype: DTypeLike) -> dict[str, Any]:
+  """The leaves of a part with its adapters merged in."""
+  group = map(tree_paths.nest, _part(trees, part))
+  return tree_paths.leaves(lora.merge(*group, dtype=dtype, tied=lora.is_tied(trees[0])))
 
 
 def _abstract(tree: Any) -> Any:
@@ -315,13 +358,23 @@ def _names(model: Transformer, found: Iterable[dict[str, Any]]) -> dict[str, lis
 
 
 def _dense(path: str, w: Any, names: dict[str, list[str]]) -> dict[str, np.ndarray]:
-  """The tensors of a file that a dense leaf becomes."""
+  """The tensors of a file that a dense leaf becomes.
+
+  Raises:
+    ValueError: a value that is not finite in the dtype of the leaf.
+  """
   w = np.asarray(w)
   if path.endswith("/kernel"):
     w = np.swapaxes(w, -1, -2)
   parts = w if len(names[path]) > 1 else [w.reshape(w.shape[-2:]) if w.ndim > 2 else w]
-  # safetensors writes the memory as it lies.
-  return {name: np.ascontiguousarray(x) for name, x in zip(names[path], parts, strict=True)}
+  tensors = dict(zip(names[path], parts, strict=True))
+  for name, x in tensors.items():
+    finite = np.isfinite(x)
+    if not finite.all():
+      at = tuple(int(i) for i in np.argwhere(~finite)[0])
+      hint = "; write bfloat16 or float32, which reach further" if x.dtype == np.float16 else ""
+      raise ValueError(f"{name}: the value at index {[*at]} is {x[at]} in {x.dtype}{hint}")
+  return tensors
 
 
 def _write(
@@ -364,5 +417,6 @@ def _write(
           weight_map[name] = file
           total += tensor.nbytes
           bar.update(tensor.nbytes)
+          del tensor  # else it would be held while the next is made
   if len(files) > 1:
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

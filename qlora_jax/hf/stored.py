@@ -1,4 +1,7 @@
-"""A dense base that stays in its files, read a layer at a time: for models larger than memory."""
+"""A dense base that stays in its files, for models larger than memory.
+
+It is read a layer at a time; the token table and the head, which may be larger, each by itself.
+"""
 
 import dataclasses
 import functools
@@ -60,12 +63,16 @@ class StoredArray:
       ValueError: a value in the file is not finite, or the file cannot be read.
     """
     index = index if isinstance(index, tuple) else (index,)
-    chosen = [name for at, name in self._names.items() if at[: len(index)] == index]
-    if not chosen or len(index) > len(next(iter(self._names))):
+    leading = self.shape[: len(next(iter(self._names)))]
+    inside = all(0 <= i < count for i, count in zip(index, leading, strict=False))
+    if len(index) > len(leading) or not inside:
       raise IndexError(f"index {index} of a StoredArray of shape {self.shape}")
-    parts = [jnp.asarray(self._read(name), self.dtype) for name in chosen]
-    one = parts[0] if len(parts) == 1 else jnp.stack(parts)
-    return one.reshape(self.shape[len(index) :])
+    if len(index) == len(leading):
+      return jnp.asarray(self._read(self._names[index]), self.dtype)
+    whole = jnp.zeros(self.shape[len(index) :], self.dtype)
+    for below in np.ndindex(leading[len(index) :]):
+      whole = _put(whole, jnp.asarray(self._read(self._names[index + below]), self.dtype), below)
+    return whole
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
     del copy  # It is one in any case.
@@ -80,10 +87,16 @@ class StoredArray:
     return value.T if self._transposed else value
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, part: jax.Array, index: tuple[int, ...]) -> jax.Array:
+  part = part[(None,) * len(index)]
+  return jax.lax.dynamic_update_slice(stack, part, (*index, *[0] * (part.ndim - len(index))))
+
+
 def logits(
   model: Transformer, frozen: Any, params: Any, constants: Any, tokens: jax.Array
 ) -> jax.Array:
-  """What `model.apply` gives of `[B, T]` tokens, one layer being in memory at a time.
+  """What `model.apply` gives of `[B, T]` tokens; in memory is the table, a layer, or the head.
 
   Args:
     model: of any depth.
@@ -93,30 +106,36 @@ def logits(
   Returns:
     `[B, T, V]` float32.
   """
+  config = model.config
   trees = {"frozen": frozen, "params": params, "constants": constants}
 
-  def variables(layer: int | None) -> dict[str, Any]:
-    """The leaves in no stack, or those of a layer as a stack of one."""
+  def variables(wanted: Callable[[str], bool], layer: int | None = None) -> dict[str, Any]:
+    """The leaves whose paths are wanted; of stacks a layer, as a stack of one."""
     part = (lambda x: x[()]) if layer is None else (lambda x: x[layer][None])
     return {
       collection: tree_paths.nest(
         {
           path: jax.tree.map(part, x)
           for path, x in tree_paths.leaves(tree, is_leaf=is_quantized).items()
-          if tree_paths.is_stacked(path) == (layer is not None)
+          if wanted(path)
         }
       )
       for collection, tree in trees.items()
     }
 
-  config = model.config
-  around = variables(None)
-  x = _embed(model, around, tokens)
+  def embeds(path: str) -> bool:
+    return path.startswith("embed/")
+
+  def ends(path: str) -> bool:
+    return not tree_paths.is_stacked(path) and (config.tie_embeddings or not embeds(path))
+
+  # Each waits, so that what is read next is not held beside what was read before.
+  x = jax.block_until_ready(_embed(model, variables(embeds), tokens))
   for layer, kind in enumerate(config.kind_of_layer):
     one = dataclasses.replace(config, num_layers=1, layer_pattern=(config.kinds[kind],))
-    # Waits, so that two layers are never read at once.
-    x = jax.block_until_ready(_blocks(model.clone(config=one), variables(layer), x))
-  return _head(model, around, x)
+    own = model.clone(config=one)
+    x = jax.block_until_ready(_blocks(own, variables(tree_paths.is_stacked, layer), x))
+  return _head(model, variables(ends), x)
 
 
 def _method(method: Callable) -> Callable:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
-# A tensor begins at a multiple of it: PyTorch opens no other.
+# PyTorch opens no tensor that begins within one of its elements. Those whose size is a multiple of
+# this begin at multiples of it; the others follow at the end, at multiples of their own item size.
 _ALIGNMENT = 8
 
 
@@ -35,13 +36,14 @@ class TensorFile:
     return self
 
   def __exit__(self, kind: Any, *_: Any) -> None:
-    if kind is None:
-      self._finish()
-    self._file.close()
+    with self._file:
+      if kind is None:
+        self._finish()
 
   def write(self, name: str, tensor: np.ndarray) -> None:
     """Appends a tensor; one that others could not follow waits for the end."""
-    tensor = np.ascontiguousarray(tensor)
+    # Not ascontiguousarray, which gives a scalar an axis.
+    tensor = np.asarray(tensor, order="C")
     if tensor.nbytes % _ALIGNMENT:
       self._last.append((name, tensor))
     else:

@@ -1,3 +1,4 @@
+import errno
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from experiments import convert
 from qlora_jax import QuantizationConfig, hf, lora
-from qlora_jax.hf import hub
+from qlora_jax.hf import hub, saving
 from qlora_jax.hf.checkpoint import model_shapes
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 
@@ -61,6 +62,7 @@ def test_quantize_is_opened_as_it_was_quantized(directory, tmp_path, capsys):
   assert (out / "tokenizer.json").exists()
   status, text, _ = run(capsys, "inspect", out)
   assert status == 0 and "4-bit codes in blocks of 32" in text and "  whole: " in text
+  assert "bit for bit as it was written" in text
   with pytest.raises(ValueError, match=r"layers/attn/k: stored as nf4, .* asked for is nf4, "):
     hf.load(out, QuantizationConfig(block_size=16))
   # Each device reads onto its own place.
@@ -105,6 +107,45 @@ def test_merge_unties_a_head_that_has_an_adapter(directory, tmp_path, capsys):
     hf.load_adapter(adapter, merged)
   status, _, error = run(capsys, "merge", out, adapter, tmp_path / "twice")
   assert status == 2 and "merged" in error and not (tmp_path / "twice").exists()
+
+
+def test_what_cannot_be_merged_is_refused_before_anything(directory, shared, tmp_path, capsys):
+  out, llama = tmp_path / "out", shared / "golden" / "tiny_llama"
+  status, _, error = run(
+    capsys, "merge", llama / "hf_fp32", llama / "peft_lora_bias", out, "--dry_run"
+  )
+  assert status == 2 and "lora_bias: the base's layer has no bias to add it to" in error
+  paths = (directory / "model", directory / "adapter", out)
+  status, _, error = run(capsys, "merge", *paths, "--dry_run", "--quantize", "nf5")
+  assert status == 2 and "'nf5'" in error
+  status, text, _ = run(capsys, "merge", *paths, "--dry_run", "--dtype", "float16")
+  # Two layers, a norm, the table, and a head of its own.
+  weights = 2 * (3 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32 + 2 * 48 * 32
+  assert status == 0 and f"{2 * weights / 1e6:.3f} MB would be written" in text
+  status, text, _ = run(capsys, "merge", *paths, "--dry_run", "--quantize", "nf4")
+  assert status == 0 and f"{2 * weights / 1e6:.3f} MB would be written" not in text
+  assert not out.exists()
+
+
+def test_a_merge_that_fails_leaves_the_old(directory, tmp_path, capsys, monkeypatch):
+  model, out = tmp_path / "model", tmp_path / "out"
+  base, frozen = hf.load(directory / "model", dtype=jnp.float32)
+  frozen["final_norm"]["scale"] = frozen["final_norm"]["scale"].at[3].set(1e5)
+  hf.save(model, base, frozen)
+  arguments = ("merge", model, directory / "adapter", out, "--no-check", "--overwrite", "--dtype")
+  assert run(capsys, *arguments, "bfloat16")[0] == 0
+  before = {file.name: file.read_bytes() for file in out.iterdir()}
+
+  def fail(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  status, _, error = run(capsys, *arguments, "float16")
+  assert status == 2 and "index [3] is inf in float16; write bfloat16 or float32" in error
+  monkeypatch.setattr(saving.TensorFile, "write", fail)
+  status, _, error = run(capsys, *arguments, "float32")
+  assert status == 2 and f"{out}: not written: [Errno 28] No space left on device" in error
+  assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
 def test_merge_into_few_bits_says_what_it_moves(directory, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from qlora_jax import QuantizationConfig, data, hf, lora, tree_paths
 from qlora_jax.evaluate import held_out_loss
 from qlora_jax.generate import generate
 from qlora_jax.hf.bitsandbytes import from_bitsandbytes
+from qlora_jax.hf.inspect import inspect
 from qlora_jax.models import families
 from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import batch_loss
@@ -358,5 +360,19 @@ def test_a_packed_base_with_a_flipped_bit_is_refused(packed, tmp_path):
   raw = bytearray(file.read_bytes())
   raw[-1] ^= 1
   file.write_bytes(raw)
-  with pytest.raises(ValueError, match=r"fingerprint \w{16}; that of the files is \w{16}"):
+  message = r"fingerprint \w{16}; that of the files is \w{16}"
+  with pytest.raises(ValueError, match=message):
     hf.load(tmp_path / "base")
+  assert re.search(f"  not whole: .*{message}", told := inspect(tmp_path / "base"))
+  assert "  whole: " not in told
+
+
+def test_a_packed_base_without_a_fingerprint_is_refused(packed, tmp_path):
+  hf.save_base(tmp_path / "base", *packed)
+  manifest = tmp_path / "base" / "qlora_jax.json"
+  raw = json.loads(manifest.read_text())
+  del raw["fingerprint"]
+  manifest.write_text(json.dumps(raw))
+  with pytest.raises(ValueError, match="json: fingerprint None; a string is wanted"):
+    hf.load(tmp_path / "base")
+  assert "cannot be read: " in inspect(tmp_path / "base")

@@ -35,9 +35,11 @@ def arguments(spec, seed=0):
 
 
 def error(y, x, w) -> float:
-  """‖y − x · W‖ / ‖x · W‖ by float64, of the weight that `w` stands for."""
-  expected = np.asarray(x, np.float64) @ np.asarray(dequantize(w), np.float64)
-  return float(np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected))
+  """‖y − x · W‖ / ‖x · W‖ by float64, of the weight that `w` stands for; of at most 256 outputs."""
+  chosen = slice(None, None, max(1, w.shape[1] // 256 + 1 | 1))
+  expected = np.asarray(x, np.float64) @ np.asarray(dequantize(w)[:, chosen], np.float64)
+  found = np.asarray(y, np.float64)[..., chosen]
+  return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def library_error(x, w) -> float:

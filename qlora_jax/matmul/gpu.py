@@ -20,7 +20,7 @@ _LEAST_JAX = (0, 11, 2)
 
 # Above it, dequantizing once and the library's product take less time
 # (`python -m experiments.bench.matmul`).
-MOST_FEW_ROWS = 32
+MOST_FEW_ROWS = 64
 
 
 def unsupported(x: jax.Array, w: AnyQuantizedTensor) -> str | None:
@@ -72,7 +72,7 @@ def _few_rows(x: jax.Array, w: AnyQuantizedTensor) -> Any:
     return None
   from qlora_jax.matmul import gpu_few_rows
 
-  tiles = gpu_few_rows.default_tiles(x.shape[0], w.shape[1])
+  tiles = gpu_few_rows.default_tiles(x.shape[0], w)
   if gpu_few_rows.unsupported(x, w, tiles):
     return None
   kind = _device()[1]

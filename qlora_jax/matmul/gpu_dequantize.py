@@ -92,36 +92,50 @@ def _kernel(
   _, full, sizes = plane_rows(k, bits)
   tiles = pl.cdiv(full, rows)
   group, within = pl.program_id(0) // tiles, pl.program_id(0) % tiles * rows
-  # Indices of a tile, and what of it there is.
-  column = pl.program_id(1) * columns + jnp.arange(columns)[None]
+  start = pl.program_id(1) * columns
+  # Slices where the tiles are whole: with indices and masks Triton took 10% longer on an H100.
+  whole = uniform and n % columns == 0
+  column = start + jnp.arange(columns)[None]
   inside = column < n if n % columns else None
-  row = within + jnp.arange(rows)[:, None]
 
-  def load(ref, index, mask):
-    index = jnp.broadcast_arrays(*index)
-    mask = None if mask is None else jnp.broadcast_to(mask, index[0].shape)
-    return triton.load(ref.at[tuple(index)], mask=mask, other=None if mask is None else 0)
+  def tile(ref, first):
+    """`[rows, columns]` from a row on."""
+    if whole:
+      return ref.at[pl.ds(first, rows), pl.ds(start, columns)]
+    return ref.at[tuple(jnp.broadcast_arrays(first + jnp.arange(rows)[:, None], column))]
 
-  def both(mask, other):
-    return mask if other is None else other if mask is None else mask & other
+  def of_block(ref, block, mask):
+    """A block's row `[1, columns]`, or, where rows differ in theirs, `[rows, columns]`."""
+    if whole:
+      return triton.load(ref.at[block, pl.ds(start, columns)])[None]
+    index = jnp.broadcast_arrays(block, column)
+    return triton.load(ref.at[tuple(index)], **masked(mask, index[0].shape))
+
+  def masked(mask, shape):
+    return {} if mask is None else {"mask": jnp.broadcast_to(mask, shape), "other": 0}
+
+  def rows_below(limit):
+    """The mask of a plane's rows in a tile, with that of the columns."""
+    if limit == full and full % rows == 0:
+      return inside
+    below = within + jnp.arange(rows)[:, None] < limit
+    return below if inside is None else below & inside
 
   def restore(block, mask):
-    """Scales of `block`: `[1, columns]`, or `[rows, columns]` where rows differ in theirs."""
     if nested_block_size is None:
-      return load(scales[0], (block, column), mask).astype(jnp.float32)
+      return of_block(scales[0], block, mask).astype(jnp.float32)
     quantized, absmax, offset, dynamic_map = scales
     # The flat index of bitsandbytes' order, [out, in].
-    flat = column * np.int32(quantized.shape[0]) + block
-    largest = load(absmax, (flat // np.int32(nested_block_size),), mask)
-    code = load(quantized, (block, column), mask).astype(jnp.int32)
+    flat = (column * np.int32(quantized.shape[0]) + block) // np.int32(nested_block_size)
+    largest = triton.load(absmax.at[flat], **masked(mask, flat.shape))
+    code = of_block(quantized, block, mask).astype(jnp.int32)
     product = triton.load(dynamic_map.at[code]) * largest
     # As `restore_scales`: two roundings.
     return jnp.where(code == 127, 0.0, product) + offset[0]
 
   def run(part, parts):
-    mask = None if full % rows == 0 else row < full
-    index = (group * parts + part) * full + row
-    return load(codes, (index, column), both(mask, inside)).astype(jnp.uint32)
+    ref = tile(codes, (group * parts + part) * full + within)
+    return triton.load(ref, **masked(rows_below(full), (rows, columns))).astype(jnp.uint32)
 
   if bits == 3:
     low, middle, high = (run(part, 3) for part in range(3))
@@ -129,18 +143,20 @@ def _kernel(
   else:
     word = run(0, 1)
   for plane, size in enumerate(sizes):
-    mask = both(None if size % rows == 0 else row < size, inside)
-    at = group * GROUP + plane * full + row
-    if uniform:
-      first = group * GROUP + plane * full + within
+    first = group * GROUP + plane * full + within
+    mask = rows_below(size)
+    if whole:
+      block, block_mask = first // block_size, None
+    elif uniform:
       block, block_mask = jnp.full((1, 1), first // block_size, jnp.int32), inside
     else:
-      block, block_mask = at // np.int32(block_size), mask
+      block, block_mask = (first + jnp.arange(rows)[:, None]) // np.int32(block_size), mask
     code = (word >> np.uint32(bits * plane)) & np.uint32(2**bits - 1)
     value = triton.load(levels.at[code.astype(jnp.int32)])
     if zero is not None:
-      value = value - load(zero, (block, column), block_mask).astype(jnp.float32)
+      value = value - of_block(zero, block, block_mask).astype(jnp.float32)
     value = (value * restore(block, block_mask)).astype(out.dtype)
-    index = jnp.broadcast_arrays(at, column)
-    mask = None if mask is None else jnp.broadcast_to(mask, index[0].shape)
-    triton.store(out.at[tuple(index)], value, mask=mask)
+    if mask is None:
+      triton.store(tile(out, first), value)
+    else:
+      triton.store(tile(out, first), value, mask=jnp.broadcast_to(mask, value.shape))

@@ -64,11 +64,18 @@ class Tiles:
     return _WARPS // self.column_warps
 
 
-def default_tiles(rows: int, n: int) -> Tiles:
-  """Tiles that give the GPU's 132 multiprocessors a block each where N is large enough."""
+def default_tiles(rows: int, w: QuantizedTensor) -> Tiles:
+  """Tiles that give the GPU's 132 multiprocessors a block each, where N is large enough.
+
+  And whose scales fit the shared memory, where any do.
+  """
   tile = next((tile for tile in _ROW_TILES if rows <= tile), _ROW_TILES[-1])
-  warps = next((warps for warps in (4, 2) if n >= 100 * warps * _WARP_COLUMNS), 1)
-  return Tiles(tile, warps)
+  n = w.shape[-1]
+  for warps in (8, 4, 2):
+    tiles = Tiles(tile, warps)
+    if n >= 100 * tiles.columns and shared_bytes(w, tiles) <= _SHARED_BYTES:
+      return tiles
+  return Tiles(tile, 1)
 
 
 def unsupported(x: Any, w: QuantizedTensor, tiles: Tiles) -> str | None:

@@ -70,7 +70,7 @@ FEW_ROWS = [
 @pytest.mark.parametrize("spec", FEW_ROWS, ids=str)
 def test_few_rows_thread_by_thread(spec, column_warps):
   x, w = arguments(spec)
-  tiles = Tiles(gpu_few_rows.default_tiles(len(x), spec.n).rows, column_warps)
+  tiles = Tiles(gpu_few_rows.default_tiles(len(x), w).rows, column_warps)
   assert gpu_few_rows.unsupported(x, w, tiles) is None
   y = simulate(x, w, tiles)
   # The levels are rounded where the library's weights are, so that the errors are alike; both
@@ -83,7 +83,7 @@ def test_few_rows_thread_by_thread(spec, column_warps):
 def test_few_rows_reads_each_code_at_its_place(rows, block_size):
   # A row of x that picks one weight of each output, every place of K in turn.
   w = quantize(jax.random.normal(jax.random.key(0), (256, 36)), block_size=block_size)
-  tiles = gpu_few_rows.default_tiles(rows, 36)
+  tiles = gpu_few_rows.default_tiles(rows, w)
   dense = np.asarray(dequantize(w))
   places = range(0, 256, rows) if rows > 1 else range(0, 256, 5)
   for first in places:
@@ -96,7 +96,7 @@ def test_few_rows_reads_each_code_at_its_place(rows, block_size):
 def test_few_rows_says_what_it_does_not_serve():
   def reason(spec, tiles=None):
     x, w = jax.eval_shape(lambda: arguments(spec))
-    return str(gpu_few_rows.unsupported(x, w, tiles or gpu_few_rows.default_tiles(1, spec.n)))
+    return str(gpu_few_rows.unsupported(x, w, tiles or gpu_few_rows.default_tiles(1, w)))
 
   assert "x is float32" in reason(ArgumentSpec(256, 16))
   assert "K = 172 and N = 64" in reason(ArgumentSpec(172, 64, dtype="bfloat16"))
@@ -107,6 +107,9 @@ def test_few_rows_says_what_it_does_not_serve():
   assert "of shared memory" in reason(large, Tiles(4, 2))
   for spec in specs.REAL:
     assert reason(spec) == "None", spec
+  # Fewer columns, where the scales of more would not fit.
+  _, w = jax.eval_shape(lambda: arguments(ArgumentSpec(28672, 28672, dtype="bfloat16")))
+  assert gpu_few_rows.default_tiles(1, w) == Tiles(4, 2)
 
 
 # Dequantizing

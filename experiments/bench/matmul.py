@@ -89,10 +89,10 @@ def measure_ceilings() -> dict[str, float]:
 
 def measure(k: int, n: int, rows: Sequence[int], ceilings: dict[str, float]) -> list[dict]:
   """All implementations in JAX, of one weight's shape."""
-  count = max(2, -(-_ROTATED_BYTES // (k * n // 2)))
+  count = min(_CALLS, max(2, -(-_ROTATED_BYTES // (k * n // 2))))
   pack = jax.jit(lambda key: quantize(jax.random.normal(key, (k, n)) * 0.02))
   packed = [pack(jax.random.key(i)) for i in range(count)]
-  plain_count = max(2, -(-_ROTATED_BYTES // (k * n * 2)))
+  plain_count = min(count, max(2, -(-_ROTATED_BYTES // (k * n * 2))))
   plain = [dequantize(w, jnp.bfloat16) for w in packed[:plain_count]]
   exact = np.asarray(dequantize(packed[0])[:, :64], np.float64)
   results = []
@@ -170,7 +170,7 @@ def measure_bitsandbytes(k: int, n: int, rows: Sequence[int]) -> list[dict]:
   import torch  # pyright: ignore[reportMissingImports]
   from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
-  count = max(2, -(-_ROTATED_BYTES // (k * n // 2)))
+  count = min(_CALLS, max(2, -(-_ROTATED_BYTES // (k * n // 2))))
   packed = [
     functional.quantize_4bit(
       torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02,

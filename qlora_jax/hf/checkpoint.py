@@ -108,11 +108,7 @@ def load(
     frozen = packed.read(directory, model_shapes(model), place, progress=progress)
     packed.check_fingerprint(directory, frozen)
     if storage_dtype is not None:
-      frozen = jax.tree.map(
-        lambda leaf: leaf if is_quantized(leaf) else leaf.astype(storage_dtype),
-        frozen,
-        is_leaf=is_quantized,
-      )
+      frozen = _stored_as(storage_dtype, directory, frozen)
     if quantization is not None:
       _check_agreement(directory, frozen, planned, rules)
     return model, frozen
@@ -217,6 +213,20 @@ def model_directory(path: str | os.PathLike[str]) -> Path:
   if not (directory / "config.json").exists():
     raise FileNotFoundError(f"{directory}: not a model: config.json was looked for")
   return directory
+
+
+def _stored_as(dtype: np.dtype, directory: Path, frozen: Any) -> Any:
+  """A base with the leaves that are not quantized in another dtype."""
+
+  def cast(path, leaf):
+    if is_quantized(leaf):
+      return leaf
+    value = leaf.astype(dtype)
+    if not bool(jnp.isfinite(value).all()):
+      raise ValueError(f"{directory}: {tree_paths.path_string(path)}: beyond what {dtype} holds")
+    return value
+
+  return jax.tree_util.tree_map_with_path(cast, frozen, is_leaf=is_quantized)
 
 
 def is_dense(directory: Path) -> bool:
@@ -542,11 +552,15 @@ class _Reader:
 
   def _refuse(self, rows: _Rows) -> None:
     values = np.asarray(self._read_rows(rows), np.float32)
-    quantized = self._dtypes[rows.matrix.leaf] is None
-    bad = ~np.asarray(in_range(jnp.asarray(values))) if quantized else ~np.isfinite(values)
+    dtype = self._dtypes[rows.matrix.leaf]
+    if dtype is None:
+      bad, limit = ~np.asarray(in_range(jnp.asarray(values))), "2^106"
+    else:
+      with np.errstate(over="ignore"):
+        bad, limit = ~np.isfinite(values.astype(dtype)), f"what {dtype} holds"
     row, *rest = (int(i) for i in np.argwhere(bad)[0])
     found = float(values[(row, *rest)])
-    rule = "is not finite" if not math.isfinite(found) else f"is {found}, beyond 2^106"
+    rule = "is not finite" if not math.isfinite(found) else f"is {found}, beyond {limit}"
     raise ValueError(
       f"{self._tensors.where(rows.matrix.name)}: the value at index {[rows.start + row, *rest]} "
       f"{rule}"
@@ -578,8 +592,8 @@ class _DenseStack(_Stack):
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
 def _write_dense(stack, rows, index, start, transposed):
-  good = jnp.isfinite(rows).all()
   value = (rows.T if transposed else rows).astype(stack.dtype)
+  good = jnp.isfinite(value).all()
   at = (0, start) if transposed else (start, *[0] * (value.ndim - 1))
   return _put(stack, value, index, at), good
 

@@ -2,7 +2,8 @@
 
 Few rows are multiplied by codes that are decoded in registers (`gpu_few_rows`). For more the weight
 is dequantized once (`gpu_dequantize`) and the library multiplies. Both directions read the same
-codes.
+codes. The library's products of 16 bits accumulate in float32; asked for a float32 result, to be
+rounded after it, they took 15% longer on an H100.
 """
 
 import functools
@@ -47,15 +48,13 @@ def forward(x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
     return kernel(rows, w).reshape(*x.shape[:-1], n)
   # The barrier ties the weight to this x: see `xla.forward`.
   x, w = jax.lax.optimization_barrier((x, w))
-  dense = _dequantize(w, x.dtype)
-  return jnp.matmul(x, dense, preferred_element_type=jnp.float32).astype(x.dtype)
+  return jnp.matmul(x, _dequantize(w, x.dtype))
 
 
 def input_gradient(g: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   """`[..., N] · [K, N]ᵀ → [..., K]`, in g's dtype."""
   g, w = jax.lax.optimization_barrier((g, w))
-  dense = _dequantize(w, g.dtype)
-  return jnp.matmul(g, dense.T, preferred_element_type=jnp.float32).astype(g.dtype)
+  return jnp.matmul(g, _dequantize(w, g.dtype).T)
 
 
 def _dequantize(w: AnyQuantizedTensor, dtype: DTypeLike) -> jax.Array:

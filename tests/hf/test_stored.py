@@ -312,3 +312,17 @@ def test_a_file_is_as_safetensors_writes_it(tmp_path):
   for name, entry in json.loads(raw[8 : 8 + room]).items():
     if name != "__metadata__":
       assert (8 + room + entry["data_offsets"][0]) % tensors[name].dtype.itemsize == 0
+
+
+def test_a_weight_beyond_the_storage_dtype_is_named(tmp_path):
+  raw = {"model_type": "llama", **COMMON}
+  model = Transformer(families.read_config(raw), jnp.dtype("float32"))
+  frozen = random_base(model)
+  frozen["head"]["kernel"] = frozen["head"]["kernel"].at[3, 5].set(1e5)
+  hf.save(tmp_path / "model", model, frozen)
+  with pytest.raises(ValueError, match=r"lm_head.* index \[5, 3\] is 1000.*, beyond what float16"):
+    hf.load(tmp_path / "model", storage_dtype=jnp.float16)
+  hf.save_base(tmp_path / "packed", *hf.load(tmp_path / "model", QuantizationConfig()))
+  with pytest.raises(ValueError, match="packed: head/kernel: beyond what float16 holds"):
+    hf.load(tmp_path / "packed", storage_dtype=jnp.float16)
+  hf.load(tmp_path / "packed", storage_dtype=jnp.bfloat16)

@@ -127,7 +127,7 @@ DEQUANTIZED = [
   ArgumentSpec(384, 16, block_size=1),
   ArgumentSpec(512, 33, dtype="bfloat16", block_size=4096),
   ArgumentSpec(171, 16, codebook="int4_zero_point", block_size=32, double_quantization=False),
-  ArgumentSpec(256, 16, codebook="int4_zero_point", block_size=32, double_quantization=False),
+  ArgumentSpec(256, 256, codebook="int4_zero_point", block_size=32, double_quantization=False),
 ]
 
 

@@ -8,12 +8,18 @@ computes in 4-bit arithmetic. Adding a table is one `@_register` function and a 
 
 import dataclasses
 import difflib
+import itertools
+import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+
+from qlora_jax import block_optimal
 
 ScaleRule = Literal["absmax", "signed_absmax", "minmax"]
 
@@ -111,12 +117,16 @@ def get(name: str, block_size: int | None = None) -> Codebook:
   """The codebook called `name`.
 
   Args:
-    name: one of `names()`.
+    name: one of `names()`, or the path of a file for `load`, which ends in ".json".
     block_size: for the tables that depend on it; the others ignore it.
 
   Raises:
-    ValueError: an unknown name, with the nearest known one.
+    ValueError: an unknown name, with the nearest known one; a block size that a table is not
+      published for.
+    FileNotFoundError, ValueError: as `load`.
   """
+  if name.endswith(".json"):
+    return load(name)
   if name not in _REGISTRY:
     near = difflib.get_close_matches(name, _REGISTRY, 1, 0.4)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -135,11 +145,50 @@ def custom(
   return Codebook(name, tuple(levels), scale, "the user's own")
 
 
+def load(path: str | os.PathLike[str]) -> Codebook:
+  """A table from a file: `{"levels": [...], "scale": "absmax"}`, or the list of levels alone.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is not JSON, or no table; the message names the file.
+  """
+  path = Path(path)
+  try:
+    given = json.loads(path.read_text(encoding="utf-8"))
+    table = {"levels": given} if isinstance(given, list) else dict(given)
+    if unknown := table.keys() - {"levels", "scale", "name"}:
+      raise ValueError(f"{', '.join(sorted(unknown))}: unknown; a table has levels, scale, name")
+    return custom(
+      table["levels"], name=table.get("name", path.stem), scale=table.get("scale", "absmax")
+    )
+  except FileNotFoundError:
+    raise FileNotFoundError(f"{path}: no such file; a codebook's levels were looked for") from None
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(f"{path}: not a codebook ({error})") from None
+
+
 def _normal_ppf(p: float) -> float:
   return statistics.NormalDist().inv_cdf(p)
 
 
-def normal_float(bits: int) -> tuple[float, ...]:
+def student_ppf(p: float) -> float:
+  """The inverse of the distribution of Student's t with 5 degrees of freedom."""
+
+  def below(t: float) -> float:
+    angle = math.atan(t / math.sqrt(5))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    return 0.5 + (angle + sine * cosine * (1 + 2 / 3 * cosine**2)) / math.pi
+
+  low, high = -1e3, 1e3
+  for _ in range(200):
+    middle = (low + high) / 2
+    low, high = (middle, high) if below(middle) < p else (low, middle)
+  return (low + high) / 2
+
+
+def normal_float(
+  bits: int, *, offset: float | None = None, ppf: Callable[[float], float] = _normal_ppf
+) -> tuple[float, ...]:
   """The NormalFloat construction: quantiles of two half normals that share an exact zero.
 
   With n = 2^bits, the positive half is Φ⁻¹ at n/2 points evenly spaced from `offset` down to
@@ -147,13 +196,18 @@ def normal_float(bits: int) -> tuple[float, ...]:
   offset = 1 − (1/(2n) + 1/(2(n−1)))/2, which is .9677083 at 4 bits. The bins do not have
   equal mass: that is `equal_mass16`.
 
+  Args:
+    offset: another than that of the bits.
+    ppf: another distribution's inverse than Φ⁻¹.
+
   References:
     Dettmers et al., QLoRA, 2023, https://arxiv.org/abs/2305.14314, section 3 and appendix E.
   """
   n = 2**bits
-  offset = 1 - (1 / (2 * n) + 1 / (2 * (n - 1))) / 2
-  half = [_normal_ppf(float(p)) for p in np.linspace(offset, 0.5, n // 2 + 1)[:-1]]
-  other = [-_normal_ppf(float(p)) for p in np.linspace(offset, 0.5, n // 2)[:-1]]
+  if offset is None:
+    offset = 1 - (1 / (2 * n) + 1 / (2 * (n - 1))) / 2
+  half = [ppf(float(p)) for p in np.linspace(offset, 0.5, n // 2 + 1)[:-1]]
+  other = [-ppf(float(p)) for p in np.linspace(offset, 0.5, n // 2)[:-1]]
   return tuple(level / half[0] for level in sorted([*half, 0.0, *other]))
 
 
@@ -232,23 +286,271 @@ def _fp4(_):
   return Codebook("fp4", levels, reference="bitsandbytes, functional.py, get_4bit_type")
 
 
-@_register("int4")
-def _int4(_):
-  return Codebook(
-    "int4", tuple(i / 7 for i in range(-7, 8)), reference="symmetric round to nearest, ±7"
+def _register_table(
+  name: str, levels: Sequence[float], reference: str, scale: ScaleRule = "absmax"
+) -> None:
+  """A table that does not depend on the block size."""
+  codebook = Codebook(name, tuple(levels), scale, reference)
+  _REGISTRY[name] = lambda _: codebook
+
+
+def _mirrored(positive: Sequence[float], largest: float) -> tuple[float, ...]:
+  """±positive and 0, in units of `largest`."""
+  scaled = [level / largest for level in positive]
+  return (*(-level for level in reversed(scaled)), 0.0, *scaled)
+
+
+# Integers. Symmetric: ±(2^(b-1) − 1), one code unused. Signed: the element of largest magnitude
+# maps to −2^(b-1) whatever its sign, so w = −2^(b-1) d: in units of it the levels end at 1.
+for _bits in (2, 3, 4, 8):
+  _half = 2 ** (_bits - 1)
+  _register_table(
+    f"int{_bits}",
+    _mirrored(range(1, _half), _half - 1),
+    f"symmetric round to nearest, ±{_half - 1}",
+  )
+for _bits in (2, 3, 4):
+  _half = 2 ** (_bits - 1)
+  _register_table(
+    f"int{_bits}_signed",
+    [i / _half for i in range(1 - _half, _half + 1)],
+    "llama.cpp, Q4_0 and its like",
+    "signed_absmax",
+  )
+_register_table(
+  "int2_no_zero", [-1, -1 / 3, 1 / 3, 1], "uniform, levels in the middle of equal steps; no zero"
+)
+_register_table(
+  "int4_absmax8", [i / 8 for i in range(-8, 8)], "the naive −8 … 7: clips positive maxima to 7/8"
+)
+_register_table(
+  "int4_absmax7_5",
+  [i / 7.5 for i in range(-8, 8)],
+  "(largest − least integer) / 2, as torchao's symmetric mapping",
+)
+
+# Floats of 4 bits.
+_register_table(
+  "e2m1",
+  _mirrored((0.5, 1, 1.5, 2, 3, 4, 6), 6),
+  "OCP Microscaling Formats 1.0, 2023; the element of MXFP4 and NVFP4",
+)
+_register_table("e3m0", _mirrored((0.25, 0.5, 1, 2, 4, 8, 16), 16), "powers of two, 3-bit exponent")
+_DOTZEL = "Dotzel et al., Learning from Students, 2024, https://arxiv.org/abs/2405.03103"
+_register_table(
+  "e2m1_super_precision",
+  sorted((*_mirrored((0.5, 1, 1.5, 2, 3, 4, 6), 6), 5 / 6)),
+  f"{_DOTZEL}: the code of −0 is +5",
+)
+_register_table(
+  "e2m1_super_range",
+  sorted((*_mirrored((0.5, 1, 1.5, 2, 3, 4, 6), 8), 1)),
+  f"{_DOTZEL}: the code of −0 is +8",
+)
+_APOT = (1, 2, 3, 4, 6, 8, 10)
+_register_table(
+  "apot4",
+  _mirrored(_APOT, 10),
+  "Li et al., Additive Powers-of-Two Quantization, 2020, https://arxiv.org/abs/1909.13144",
+)
+_register_table(
+  "apot4_super_precision", sorted((*_mirrored(_APOT, 10), 0.5)), f"{_DOTZEL}: the code of −0 is +5"
+)
+
+# Quantiles.
+_register_table(
+  "sf4",
+  normal_float(4, ppf=student_ppf),
+  f"{_DOTZEL}: NF4's construction of Student's t with 5 degrees of freedom",
+)
+_LOFTQ = "Li et al., LoftQ, 2023, https://arxiv.org/abs/2310.08659, its code"
+for _bits in (2, 3):
+  _register_table(
+    f"nf{_bits}_loftq",
+    normal_float(_bits, offset=0.9677083),
+    f"{_LOFTQ}: the offset of 4 bits",
   )
 
 
-@_register("int4_signed")
-def _int4_signed(_):
-  # The element of largest magnitude maps to code −8 whatever its sign, so w = −8 d: in units
-  # of that element the levels are −7/8 … 1.
-  return Codebook(
-    "int4_signed",
-    tuple(i / 8 for i in range(-7, 9)),
-    scale="signed_absmax",
-    reference="llama.cpp, Q4_0",
+def _symmetric_normal_float(bits: int) -> list[float]:
+  """The middles between 2^bits + 1 quantiles of the normal distribution: no zero."""
+  edges = [_normal_ppf(float(p)) for p in np.linspace(1 - 0.9677083, 0.9677083, 2**bits + 1)]
+  middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
+  return [middle / middles[-1] for middle in middles]
+
+
+for _bits in (2, 4):
+  _register_table(
+    f"nf{_bits}_symmetric", _symmetric_normal_float(_bits), f"{_LOFTQ}, symmetric; no zero"
   )
+
+# By block size, without −1, 0 and 1.
+_AF4 = {
+  32: (
+    -0.72380075,
+    -0.54068711,
+    -0.3963985,
+    -0.2723577,
+    -0.15956821,
+    -0.05258802,
+    0.04554747,
+    0.13780891,
+    0.23375854,
+    0.33656744,
+    0.4508456,
+    0.58437857,
+    0.75299116,
+  ),
+  64: (
+    -0.69441008,
+    -0.51243739,
+    -0.3736951,
+    -0.25607552,
+    -0.14982478,
+    -0.04934812,
+    0.04273164,
+    0.12934483,
+    0.21961274,
+    0.31675666,
+    0.42563882,
+    0.55496234,
+    0.72424863,
+  ),
+  128: (
+    -0.66495284,
+    -0.48589589,
+    -0.3529405,
+    -0.24139225,
+    -0.14109901,
+    -0.04645526,
+    0.04021689,
+    0.12176897,
+    0.2068883,
+    0.29877409,
+    0.40238482,
+    0.52697805,
+    0.69496104,
+  ),
+  256: (
+    -0.63630214,
+    -0.46141631,
+    -0.33419526,
+    -0.22826385,
+    -0.13333677,
+    -0.04388739,
+    0.03798458,
+    0.1150332,
+    0.19553393,
+    0.28262047,
+    0.38124113,
+    0.5009191,
+    0.66607302,
+  ),
+  512: (
+    -0.60903865,
+    -0.43908944,
+    -0.31736711,
+    -0.2165657,
+    -0.12644575,
+    -0.04161132,
+    0.03600625,
+    0.10905684,
+    0.18543324,
+    0.26818022,
+    0.36216937,
+    0.4769826,
+    0.63827231,
+  ),
+  1024: (
+    -0.58348586,
+    -0.41884827,
+    -0.30229144,
+    -0.20614334,
+    -0.12032288,
+    -0.03959127,
+    0.034251,
+    0.10374994,
+    0.17644691,
+    0.25528724,
+    0.34502762,
+    0.45517148,
+    0.61198895,
+  ),
+  2048: (
+    -0.55977324,
+    -0.40054344,
+    -0.28877911,
+    -0.19683974,
+    -0.11486815,
+    -0.03779316,
+    0.03268924,
+    0.09902518,
+    0.16843521,
+    0.24376258,
+    0.32962969,
+    0.4353765,
+    0.58743975,
+  ),
+  4096: (
+    -0.5379003,
+    -0.38399174,
+    -0.27664257,
+    -0.18850865,
+    -0.10999076,
+    -0.03618635,
+    0.03129431,
+    0.09480323,
+    0.16126887,
+    0.23343416,
+    0.31577979,
+    0.41743354,
+    0.56468758,
+  ),
+}
+
+
+@_register("af4")
+def _af4(block_size):
+  if block_size not in _AF4:
+    raise ValueError(
+      f"codebook 'af4': block size {block_size}; it is published for {', '.join(map(str, _AF4))}"
+    )
+  positive_and_negative = _AF4[block_size]
+  return Codebook(
+    "af4",
+    (-1.0, *positive_and_negative[:6], 0.0, *positive_and_negative[6:], 1.0),
+    reference="Yoshida, NF4 Isn't Information Theoretically Optimal, 2023, "
+    "https://arxiv.org/abs/2306.06965, as published (not quite the L1 optimum it sets out for)",
+  )
+
+
+def _block_optimal(name: str, bits: int, signed: bool, error: str) -> None:
+  def build(block_size: int | None) -> Codebook:
+    if block_size is None:
+      raise ValueError(f"codebook {name!r}: depends on the block size; give one")
+    return Codebook(
+      name,
+      block_optimal.levels(bits, block_size, signed=signed, error=error),
+      "signed_absmax" if signed else "absmax",
+      "Blumenberg et al., BOF4, 2025, https://arxiv.org/abs/2505.06653, constructed for the block "
+      "size (the paper's own tables, from samples, lie within 3.3e-4)",
+    )
+
+  _REGISTRY[name] = build
+
+
+for _bits in (2, 3, 4):
+  _block_optimal(f"bof{_bits}", _bits, signed=False, error="mse")
+  _block_optimal(f"bof{_bits}s", _bits, signed=True, error="mse")
+_block_optimal("bof4_mae", 4, signed=False, error="mae")
+_block_optimal("bof4s_mae", 4, signed=True, error="mae")
+
+_register_table(
+  "iq4_nl",
+  [-i / 127 for i in (113, 89, 69, 53, 38, 25, 13, 1, -10, -22, -35, -49, -65, -83, -104, -127)],
+  "llama.cpp, kvalues_iq4nl; no zero",
+  "signed_absmax",
+)
 
 
 @_register("int4_zero_point")
@@ -258,13 +560,6 @@ def _int4_zero_point(_):
     tuple(float(i) for i in range(16)),
     scale="minmax",
     reference="asymmetric round to nearest, 8-bit integer zero-point, as in GPTQ and AWQ files",
-  )
-
-
-@_register("int8")
-def _int8(_):
-  return Codebook(
-    "int8", tuple(i / 127 for i in range(-127, 128)), reference="symmetric round to nearest, ±127"
   )
 
 
@@ -279,9 +574,28 @@ def _equal_mass16(_):
   )
 
 
+@_register("equal_mass16_means")
+def _equal_mass16_means(_):
+  edges = [-math.inf, *(_normal_ppf(i / 16) for i in range(1, 16)), math.inf]
+  height = [math.exp(-(edge**2) / 2) for edge in edges]
+  means = [low - high for low, high in itertools.pairwise(height)]
+  return Codebook(
+    "equal_mass16_means",
+    tuple(mean / means[-1] for mean in means),
+    reference="means of 16 bins of equal mass under N(0, 1)",
+  )
+
+
 def name_of(levels: np.ndarray, block_size: int) -> str | None:
   """The registered name of a table, `[..., 2**bits]`, all of whose rows are alike; else None."""
-  return next((name for name in names() if is_table(levels, get(name, block_size).table)), None)
+  for name in names():
+    try:
+      table = get(name, block_size).table
+    except ValueError:  # There is none for this block size.
+      continue
+    if is_table(levels, table):
+      return name
+  return None
 
 
 def is_table(levels: Any, table: np.ndarray) -> bool:

@@ -16,7 +16,14 @@ import qlora_jax
 # Every module stands here, so a new one fails a test until it has a place. "x.*" is a package and
 # all that is in it. `qlora_jax` itself is the package's surface: the numbers, op and adapters.
 LAYERS = {
-  "numbers": ["codebooks", "tree_paths", "fingerprint", "quantized_tensor", "quantization"],
+  "numbers": [
+    "block_optimal",
+    "codebooks",
+    "tree_paths",
+    "fingerprint",
+    "quantized_tensor",
+    "quantization",
+  ],
   "op": ["matmul.*"],
   "adapters": ["lora", "lora_init", ""],
   "layers": ["linen", "nnx"],
@@ -42,7 +49,7 @@ ORDER = list(LAYERS)
 
 # What each layer may import from elsewhere: nothing but the standard library, JAX and NumPy at the
 # top; flax, optax and orbax only from the layers down.
-NUMERICS = {"jax", "numpy"}
+NUMERICS = {"jax", "jaxlib", "numpy"}
 FRAMEWORKS = {"flax", "optax", "orbax"}
 
 ROOT = Path(qlora_jax.__file__).parent

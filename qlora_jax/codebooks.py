@@ -155,12 +155,10 @@ def load(path: str | os.PathLike[str]) -> Codebook:
   path = Path(path)
   try:
     given = json.loads(path.read_text(encoding="utf-8"))
-    table = {"levels": given} if isinstance(given, list) else dict(given)
+    table: dict[str, Any] = {"levels": given} if isinstance(given, list) else dict(given)
     if unknown := table.keys() - {"levels", "scale", "name"}:
       raise ValueError(f"{', '.join(sorted(unknown))}: unknown; a table has levels, scale, name")
-    return custom(
-      table["levels"], name=table.get("name", path.stem), scale=table.get("scale", "absmax")
-    )
+    return custom(**{"name": path.stem, **table})
   except FileNotFoundError:
     raise FileNotFoundError(f"{path}: no such file; a codebook's levels were looked for") from None
   except (ValueError, TypeError, KeyError) as error:
@@ -204,10 +202,9 @@ def normal_float(
     Dettmers et al., QLoRA, 2023, https://arxiv.org/abs/2305.14314, section 3 and appendix E.
   """
   n = 2**bits
-  if offset is None:
-    offset = 1 - (1 / (2 * n) + 1 / (2 * (n - 1))) / 2
-  half = [ppf(float(p)) for p in np.linspace(offset, 0.5, n // 2 + 1)[:-1]]
-  other = [-ppf(float(p)) for p in np.linspace(offset, 0.5, n // 2)[:-1]]
+  end = 1 - (1 / (2 * n) + 1 / (2 * (n - 1))) / 2 if offset is None else offset
+  half = [ppf(float(p)) for p in np.linspace(end, 0.5, n // 2 + 1)[:-1]]
+  other = [-ppf(float(p)) for p in np.linspace(end, 0.5, n // 2)[:-1]]
   return tuple(level / half[0] for level in sorted([*half, 0.0, *other]))
 
 

@@ -265,7 +265,7 @@ def test_levels_from_a_file(tmp_path):
   assert (codebook.name, codebook.scale, codebook.bits) == ("mine", "signed_absmax", 2)
   w = jax.random.normal(jax.random.key(0), (64, 8))
   q = quantize(w, codebook=str(file), block_size=32)
-  np.testing.assert_array_equal(q.levels, np.float32([-1, -0.25, 0, 1]))
+  np.testing.assert_array_equal(q.levels, np.asarray([-1, -0.25, 0, 1], np.float32))
   file.write_text("[0, 1]")
   assert codebooks.get(str(file)).levels == (0, 1)
   for text, message in (

@@ -47,10 +47,11 @@ def quantized_matmul(
   levels included.
 
   Args:
-    x: `[..., K]`, bfloat16, float16 or float32. Products accumulate in float32.
+    x: `[..., K]`, bfloat16, float16 or float32. Products accumulate in float32; of float32 x they
+      have JAX's default precision, which on a GPU is TF32.
     w: `[K, N]`, no leading axes: `vmap` or `scan` over a stack.
-    implementation: a name in the registry ("gpu", "xla"); None takes the best that supports the
-      case.
+    implementation: a name in the registry ("gpu", "xla"); None takes the first of them that
+      serves the case on JAX's default device.
 
   Returns:
     `[..., N]` in x's dtype.
@@ -90,6 +91,10 @@ def _choose(x: jax.Array, w: AnyQuantizedTensor, name: str | None) -> str:
   return name
 
 
+# In an int32.
+_MOST_INDICES = 2**31
+
+
 # custom_vjp outside, custom_vmap inside: the other way round has no gradient.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(name: str, x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
@@ -118,6 +123,13 @@ def _folded(product: Callable[[jax.Array, AnyQuantizedTensor], jax.Array]):
     if not any(jax.tree.leaves(w_batched)):
       # custom_vmap moves the batch to the front, where the product takes any leading axes.
       return folded(x, w), True
+    if max(leaf.size for leaf in jax.tree.leaves(w)) >= _MOST_INDICES:
+      # One matrix after the other: a kernel's indices could not count through the whole stack.
+      def one(i):
+        part = jax.tree.map(lambda leaf, b: leaf[i] if b else leaf, (x, w), tuple(batched))
+        return product(*part)
+
+      return jax.lax.map(one, jnp.arange(axis_size)), True
     axes = (0 if x_batched else None, jax.tree.map(lambda b: 0 if b else None, w_batched))
     return jax.vmap(product, axes, axis_size=axis_size)(x, w), True
 

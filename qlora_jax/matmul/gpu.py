@@ -1,9 +1,11 @@
 """quantized_matmul on a GPU: which kernel serves which rows.
 
-Few rows are multiplied by codes that are decoded in registers (`gpu_few_rows`). For more the weight
-is dequantized once (`gpu_dequantize`) and the library multiplies. Both directions read the same
-codes. The library's products of 16 bits accumulate in float32; asked for a float32 result, to be
-rounded after it, they took 15% longer on an H100.
+Up to `MOST_FEW_ROWS` rows are multiplied by codes that are decoded in registers (`gpu_few_rows`).
+For more, and where that kernel does not serve the case, the weight is dequantized once
+(`gpu_dequantize`) and the library multiplies. Both directions read the same codes.
+
+The library's products of 16 bits are asked for results of 16 bits: asked for float32, to be rounded
+after it, they took 15% longer on an H100.
 """
 
 import functools
@@ -30,9 +32,14 @@ def unsupported(x: jax.Array, w: AnyQuantizedTensor) -> str | None:
   if jax.__version_info__ < _LEAST_JAX:
     least = ".".join(map(str, _LEAST_JAX))
     return f"it needs JAX {least}; this is {jax.__version__}"
-  platform, _ = _device()
+  platform, device = _device()
   if platform not in ("gpu", "cuda"):
     return f"the computation is for a {platform}"
+  if _capability(device) is None:
+    return f"{device.device_kind} is no GPU of NVIDIA's that is known here"
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
+    return "the mesh has axes that are not manual: call it in a shard_map over them"
   if not isinstance(w, QuantizedTensor):
     return "blocks cross from output to output (a bitsandbytes weight whose K they do not divide)"
   if w.size >= 2**31:
@@ -72,36 +79,51 @@ def _few_rows(x: jax.Array, w: AnyQuantizedTensor) -> Any:
   from qlora_jax.matmul import gpu_few_rows
 
   tiles = gpu_few_rows.default_tiles(x.shape[0], w)
-  if gpu_few_rows.unsupported(x, w, tiles):
-    return None
-  kind = _device()[1]
-  if not _has_mosaic(kind):
-    _announce(kind)
-    return None
-  return functools.partial(gpu_few_rows.product, tiles=tiles)
+  reason = gpu_few_rows.unsupported(x, w, tiles)
+  device = _device()[1]
+  capability = _capability(device)
+  if capability is None or not 9 <= capability < 12:
+    reason = f"{device.device_kind}: its kernel is for Hopper and the data centre's Blackwell"
+  if reason is None:
+    return functools.partial(gpu_few_rows.product, tiles=tiles)
+  _announce(reason)
+  return None
 
 
 def _device() -> tuple[str, Any]:
-  """The platform that is traced for, and its device."""
+  """The platform that is traced for, and its device.
+
+  The one that JAX takes by default: a trace does not know of arrays that are committed to another.
+  """
   # A program can be lowered for a GPU that is not there.
   if device := jax.sharding.get_abstract_mesh().abstract_device:
     return device.platform or jax.default_backend(), device
-  return jax.default_backend(), jax.devices()[0]
+  default: Any = getattr(jax.config, "jax_default_device", None)
+  device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+  return device.platform, device
 
 
-def _has_mosaic(device: Any) -> bool:
-  """Whether Pallas' Mosaic route serves the GPU: Hopper and later."""
-  if capability := getattr(device, "compute_capability", None):
-    return float(capability) >= 9
-  return any(
-    name in device.device_kind for name in ("H100", "H200", "GH200", "H800", "H20", "B200")
-  )
+# Of devices that are not there, which cannot be asked.
+_CAPABILITIES = {"H100": 9.0, "H200": 9.0, "H800": 9.0, "H20": 9.0, "B200": 10.0, "B300": 10.3}
+
+
+def _capability(device: Any) -> float | None:
+  """An NVIDIA GPU's compute capability; None of any other device."""
+  present = [each for each in jax.devices() if each.device_kind == device.device_kind]
+  for each in (device, *present):
+    if text := getattr(each, "compute_capability", None):
+      try:
+        return float(text)
+      except ValueError:  # AMD's are names.
+        return None
+  if "NVIDIA" not in device.device_kind:
+    return None
+  return next((value for name, value in _CAPABILITIES.items() if name in device.device_kind), 8.0)
 
 
 @functools.cache
-def _announce(device: Any) -> None:
+def _announce(reason: str) -> None:
+  """Says once why few rows take longer than they could."""
   warnings.warn(
-    f"quantized_matmul: {device.device_kind} is older than Hopper: products of few rows dequantize "
-    "the weight first, and take several times as long as they could",
-    stacklevel=2,
+    f"quantized_matmul: a product of few rows dequantizes its weight first ({reason})", stacklevel=2
   )

@@ -2,7 +2,8 @@
 
 With many rows the product is bound by arithmetic, and the library's is the fastest there is: what
 counts is that the weight is decoded into one array in its own order, with no pass over it after
-that. On Pallas' Triton route, which serves every GPU that Triton does.
+that. On Pallas' Triton route, which serves every GPU that Triton does; JAX has it deprecated since
+0.11.0, and still in 0.12.0.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from qlora_jax import codebooks
+from qlora_jax.matmul import manual_axes
 from qlora_jax.quantized_tensor import (
   GROUP,
   NestedScales,
@@ -54,16 +56,20 @@ def dequantize(
   uniform = k % GROUP == 0 and rows >= _LEAST_ROWS
   if not uniform:
     rows = _LEAST_ROWS
-  operands: list[Any] = [w.codes, w.levels]
-  nested = isinstance(w.scales, NestedScales)
+  operands: list[Any] = [w.codes, w.levels.astype(jnp.float32)]
+  nested_block_size = None
   if isinstance(w.scales, NestedScales):
-    operands += [w.scales.codes, w.scales.absmax, w.scales.offset.reshape(1)]
+    nested_block_size = w.scales.block_size
+    absmax, offset = w.scales.absmax, w.scales.offset.reshape(1)
+    operands += [w.scales.codes, absmax.astype(jnp.float32), offset.astype(jnp.float32)]
     operands.append(jnp.asarray(codebooks.dynamic_map()))
   else:
     operands.append(w.scales)
   if w.zero is not None:
     operands.append(w.zero)
-  nested_block_size = w.scales.block_size if isinstance(w.scales, NestedScales) else 0
+  axes = manual_axes.varying(*operands)
+  operands = [manual_axes.cast(operand, axes) for operand in operands]
+  manual: Any = {"manual_axis_type": jax.typeof(operands[0]).manual_axis_type}
   return pl.pallas_call(
     functools.partial(
       _kernel,
@@ -71,11 +77,11 @@ def dequantize(
       columns=tiles.columns,
       bits=w.bits,
       block_size=w.block_size,
-      nested_block_size=nested_block_size if nested else None,
+      nested_block_size=nested_block_size,
       has_zero=w.zero is not None,
       uniform=uniform,
     ),
-    out_shape=jax.ShapeDtypeStruct((k, n), dtype),
+    out_shape=jax.ShapeDtypeStruct((k, n), dtype, **manual),
     grid=(groups * pl.cdiv(full, rows), pl.cdiv(n, tiles.columns)),
     compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=1),
     interpret=interpret,

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax import codebooks
+from qlora_jax.matmul import manual_axes
 from qlora_jax.quantized_tensor import GROUP, NestedScales, QuantizedTensor
 
 # Warps of a thread block. With 512 threads, each has up to 128 registers.
@@ -117,7 +118,9 @@ def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     kernel_name="few_rows",
   )
-  return kernel(x, w.codes, w.levels, *operands)
+  y = kernel(x, w.codes, w.levels.astype(jnp.float32), *operands)
+  # The kernel's own result does not say what it varies over.
+  return manual_axes.cast(y, manual_axes.varying(x, *jax.tree.leaves(w)))
 
 
 def specialize(x: Any, w: QuantizedTensor, tiles: Tiles) -> tuple["Shape", list[jax.Array]]:
@@ -128,8 +131,8 @@ def specialize(x: Any, w: QuantizedTensor, tiles: Tiles) -> tuple["Shape", list[
   shape = Shape(m, k, n, w.block_size, nested_block_size, x.dtype.name, tiles)
   if not isinstance(scales, NestedScales):
     return shape, [scales.astype(jnp.float32)]
-  dynamic_map = jnp.asarray(codebooks.dynamic_map())
-  return shape, [scales.codes, scales.absmax, scales.offset.reshape(1), dynamic_map]
+  absmax, offset = (x.astype(jnp.float32) for x in (scales.absmax, scales.offset.reshape(1)))
+  return shape, [scales.codes, absmax, offset, jnp.asarray(codebooks.dynamic_map())]
 
 
 @dataclasses.dataclass(frozen=True)

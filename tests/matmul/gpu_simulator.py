@@ -189,7 +189,10 @@ def simulate(x: Any, w: Any, tiles: Any) -> np.ndarray:
   from qlora_jax.matmul import gpu_few_rows
 
   shape, operands = gpu_few_rows.specialize(x, w, tiles)
-  memory = [np.asarray(a).reshape(-1).view(np.uint8) for a in (x, w.codes, w.levels, *operands)]
+  memory = [
+    np.asarray(a).reshape(-1).view(np.uint8)
+    for a in (x, w.codes, w.levels.astype(np.float32), *operands)
+  ]
   y = np.full(shape.m * shape.n * 2, 0xFF, np.uint8)
   size = gpu_few_rows.shared_bytes(w, tiles)
   with np.errstate(over="ignore", invalid="ignore"):

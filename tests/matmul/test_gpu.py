@@ -4,11 +4,13 @@ On a machine with one: `JAX_PLATFORMS=cuda,cpu python -m pytest tests/matmul/tes
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from qlora_jax import dequantize, quantize, quantized_matmul
 from qlora_jax.matmul import api, gpu, specs
@@ -158,6 +160,7 @@ def test_every_real_shape_lowers_for_an_h100(spec):
   assert "triton" in gradient
 
 
+@pytest.mark.filterwarnings("ignore:quantized_matmul. a product of few rows dequantizes")
 @pytest.mark.parametrize("spec", specs.SMALL, ids=str)
 def test_every_small_case_lowers_for_an_h100(spec):
   x, w = jax.eval_shape(lambda: arguments(spec))
@@ -190,15 +193,123 @@ def test_a_cpu_is_named_where_it_cannot_serve():
     quantized_matmul(x, w, implementation="gpu")
 
 
-def test_an_older_gpu_is_announced_once(monkeypatch):
+def test_an_older_gpu_is_announced_once():
+  gpu._announce.cache_clear()
   older = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=108, platform="gpu")
   mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=older)
   x, w = jax.eval_shape(lambda: arguments(ArgumentSpec(256, 64, (1,), "bfloat16")))
   with jax.sharding.use_abstract_mesh(mesh):
-    with pytest.warns(UserWarning, match="NVIDIA A100 is older than Hopper"):
+    with pytest.warns(UserWarning, match="dequantizes its weight first .NVIDIA A100: its kernel"):
       text = str(jax.make_jaxpr(quantized_matmul)(x, w))
     assert "dequantize" in text and "few_rows" not in text
     jax.make_jaxpr(lambda x, w: quantized_matmul(x + 1, w))(x, w)  # says nothing more
+
+
+def test_what_the_kernel_of_few_rows_does_not_serve_is_announced():
+  gpu._announce.cache_clear()
+  x, w = jax.eval_shape(lambda: arguments(ArgumentSpec(172, 64, (1,), "bfloat16")))
+  with pytest.warns(UserWarning, match=r"dequantizes its weight first \(K = 172 and N = 64"):
+    assert "triton" in lowered(quantized_matmul, x, w)
+
+
+def device(kind, **fields):
+  return types.SimpleNamespace(device_kind=kind, platform="gpu", **fields)
+
+
+def test_what_a_gpu_can_do():
+  assert gpu._capability(device("NVIDIA H100 80GB HBM3", compute_capability="9.0")) == 9
+  assert gpu._capability(device("NVIDIA RTX PRO 6000", compute_capability="12.0")) == 12
+  assert gpu._capability(device("AMD Instinct MI300X", compute_capability="gfx942")) is None
+  # Of GPUs that are not there the names must do.
+  assert gpu._capability(H100) == 9
+  assert gpu._capability(device("NVIDIA A100-SXM4-80GB")) == 8
+  assert gpu._capability(device("AMD Instinct MI300X")) is None
+
+
+def test_the_default_device_decides(monkeypatch):
+  if HAS_GPU:
+    pytest.skip("simulates a GPU")
+  x, w = arguments(ArgumentSpec(128, 16))
+  there = device("NVIDIA H100 80GB HBM3", compute_capability="9.0")
+  cpus = jax.devices("cpu")
+  monkeypatch.setattr(gpu.jax, "devices", lambda which=None: cpus if which == "cpu" else [there])
+  assert gpu.unsupported(x, w) is None
+  for default in ("cpu", cpus[0]):
+    with jax.default_device(default):
+      assert gpu.unsupported(x, w) == "the computation is for a cpu"
+
+
+@pytest.mark.parametrize("rows", [4, 300])
+def test_shard_map_lowers_for_an_h100(rows):
+  spec = ArgumentSpec(512, 512, (rows,), "bfloat16", double_quantization=False)
+  x, w = jax.eval_shape(lambda: arguments(spec))
+  mesh = jax.sharding.AbstractMesh(
+    (2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=H100
+  )
+  by_columns = jax.tree.map(lambda leaf: P(None, "d") if len(leaf.shape) == 2 else P(), w)
+
+  def gradient(x, w):
+    return jax.grad(lambda x: quantized_matmul(x, w).astype(jnp.float32).sum())(x)
+
+  product = functools.partial(quantized_matmul, implementation="gpu")
+  for f, of_x, of_w, out in (
+    (product, P(), by_columns, P(None, "d")),
+    (product, P("d"), P(), P("d")),
+    (gradient, P("d"), P(), P("d")),
+  ):
+    with jax.sharding.use_abstract_mesh(mesh):
+      sharded = jax.shard_map(f, in_specs=(of_x, of_w), out_specs=out)
+      text = jax.jit(sharded).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" in text or "mosaic_gpu" in text
+
+
+def test_axes_that_are_not_manual_are_left_to_xla():
+  mesh = jax.sharding.AbstractMesh((2,), ("d",), abstract_device=H100)
+  x, w = jax.eval_shape(lambda: arguments(ArgumentSpec(256, 64, (4,), "bfloat16")))
+  with jax.sharding.use_abstract_mesh(mesh):
+    reason = gpu.unsupported(x, w)
+    text = jax.jit(quantized_matmul).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+  assert reason and "not manual" in reason
+  assert "triton" not in text and "mosaic_gpu" not in text
+
+
+def test_a_stack_that_indices_cannot_count_through_goes_one_by_one(monkeypatch):
+  monkeypatch.setattr(api, "_MOST_INDICES", 4 * 128 * 8)
+  spec = ArgumentSpec(256, 8, (3,), "float32")
+  x = jax.random.normal(jax.random.key(0), (4, 3, 256))
+  stack = spec.w(jax.random.key(1), (4,))
+  assert "while" in jax.jit(jax.vmap(quantized_matmul)).lower(x, stack).as_text()
+  expected = x @ dequantize(stack)
+  np.testing.assert_allclose(jax.vmap(quantized_matmul)(x, stack), expected, rtol=1e-4, atol=1e-4)
+  one = jax.vmap(quantized_matmul, (None, 0))(x[0], stack)
+  np.testing.assert_allclose(one, x[0] @ dequantize(stack), rtol=1e-4, atol=1e-4)
+
+
+def test_leaves_of_other_float_dtypes():
+  spec = ArgumentSpec(256, 256, (2,), "bfloat16")
+  x, w = arguments(spec)
+  cast = jax.tree.map(
+    lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, w
+  )
+  found = gpu_dequantize.dequantize(cast, jnp.float32, interpret=not HAS_GPU)
+  with jax.numpy_dtype_promotion("standard"):
+    np.testing.assert_array_equal(found, dequantize(cast))
+    if not HAS_GPU:
+      y = simulate(x, cast, gpu_few_rows.default_tiles(2, w))
+      assert error(y, x, cast) < 1.3 * library_error(x, cast)
+
+
+@pytest.mark.parametrize("kind", [{"scale_dtype": "bfloat16"}, {"nested_block_size": 7}])
+def test_other_kinds_of_scales(kind):
+  double = "scale_dtype" not in kind
+  w = jax.random.normal(jax.random.key(0), (256, 256))
+  w = quantize(w, double_quantization=double, **kind)
+  x = jax.random.normal(jax.random.key(1), (3, 256), jnp.bfloat16)
+  found = gpu_dequantize.dequantize(w, jnp.float32, interpret=not HAS_GPU)
+  np.testing.assert_array_equal(found, dequantize(w))
+  if not HAS_GPU:
+    y = simulate(x, w, gpu_few_rows.default_tiles(3, w))
+    assert error(y, x, w) < 1.3 * library_error(x, w)
 
 
 # On a GPU
@@ -209,6 +320,7 @@ def gpu_matmul(x, w):
 
 
 @on_a_gpu
+@pytest.mark.filterwarnings("ignore:quantized_matmul. a product of few rows dequantizes")
 @pytest.mark.parametrize("spec", [*specs.SMALL, *FEW_ROWS, *specs.REAL], ids=str)
 def test_on_a_gpu(spec):
   x, w = arguments(spec)

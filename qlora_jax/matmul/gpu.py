@@ -36,7 +36,7 @@ def unsupported(x: jax.Array, w: AnyQuantizedTensor) -> str | None:
   if platform not in ("gpu", "cuda"):
     return f"the computation is for a {platform}"
   if _capability(device) is None:
-    return f"{device.device_kind} is no GPU of NVIDIA's that is known here"
+    return f"{device.device_kind} is no NVIDIA GPU"
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
     return "the mesh has axes that are not manual: call it in a shard_map over them"

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax import codebooks
-from qlora_jax.matmul import manual_axes
+from qlora_jax.matmul import gpu_threads, manual_axes
 from qlora_jax.quantized_tensor import GROUP, NestedScales, QuantizedTensor
 
 # Warps of a thread block. With 512 threads, each has up to 128 registers.
@@ -149,11 +149,9 @@ class Shape:
 
 
 def _kernel(shape: Shape, *refs: Any) -> None:
-  from qlora_jax.matmul.gpu_threads import run
-
   *operands, y, shared = refs
   rows, columns = jax.lax.axis_index("rows"), jax.lax.axis_index("columns")
-  run(functools.partial(program, shape), [*operands, y, shared], [rows, columns])
+  gpu_threads.run(functools.partial(program, shape), [*operands, y, shared], [rows, columns])
 
 
 def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> None:

@@ -6,6 +6,7 @@ beside its maximum.
 
 import functools
 import math
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +16,9 @@ _ROUNDS = 20000
 
 
 @functools.cache
-def levels(bits: int, block_size: int, *, signed: bool, error: str) -> tuple[float, ...]:
+def levels(
+  bits: int, block_size: int, *, signed: bool, error: Literal["mse", "mae"]
+) -> tuple[float, ...]:
   """2^bits levels that minimize E|w − m · level|^p over w ~ N(0, 1), m the block's maximum.
 
   Lloyd's iteration with exact centroids: each level is the mean (p = 2; the median, p = 1) of what
@@ -24,7 +27,10 @@ def levels(bits: int, block_size: int, *, signed: bool, error: str) -> tuple[flo
 
   Args:
     signed: whether the scale has the sign of the weight of largest magnitude.
-    error: "mse" or "mae".
+    error: what is minimized.
+
+  Raises:
+    ValueError: a block size below 2.
 
   References:
     Blumenberg et al., Improving Block-Wise LLM Quantization by 4-bit Block-Wise Optimal Float

@@ -3,7 +3,7 @@
 A codebook is a short ascending list of levels; a weight is stored as the index of the
 level nearest to `weight / scale`, with one scale a block. What differs between NF4, FP4
 and INT4 is the list and how the scale is drawn from the block, nothing else: none of them
-computes in 4-bit arithmetic. Adding a table is one `@_register` function and a test.
+computes in 4-bit arithmetic. Adding a table is one `_register_table` and a test.
 """
 
 import dataclasses
@@ -100,12 +100,12 @@ class Codebook:
 _REGISTRY: dict[str, Callable[[int | None], Codebook]] = {}
 
 
-def _register(name: str):
-  def register(build: Callable[[int | None], Codebook]):
-    _REGISTRY[name] = build
-    return build
-
-  return register
+def _register_table(
+  name: str, levels: Sequence[float], reference: str, scale: ScaleRule = "absmax"
+) -> None:
+  """A table that does not depend on the block size."""
+  codebook = Codebook(name, tuple(levels), scale, reference)
+  _REGISTRY[name] = lambda _: codebook
 
 
 def names() -> tuple[str, ...]:
@@ -239,11 +239,11 @@ def dynamic_map() -> np.ndarray:
 _QLORA = "Dettmers et al., QLoRA, 2023, https://arxiv.org/abs/2305.14314"
 
 
-@_register("nf4")
-def _nf4(_):
-  # The published constants, not the construction: the two differ in the last bits (by at
-  # most 1.9e-7), and checkpoints hold these.
-  levels = (
+# The published constants, not the construction: the two differ in the last bits (by at most
+# 1.9e-7), and checkpoints hold these.
+_register_table(
+  "nf4",
+  (
     -1.0,
     -0.6961928009986877,
     -0.5250730514526367,
@@ -260,35 +260,13 @@ def _nf4(_):
     0.5626170039176941,
     0.7229568362236023,
     1.0,
+  ),
+  f"{_QLORA}, appendix E",
+)
+for _bits in (3, 2):
+  _register_table(
+    f"nf{_bits}", normal_float(_bits), f"the construction of {_QLORA} at {_bits} bits"
   )
-  return Codebook("nf4", levels, reference=f"{_QLORA}, appendix E")
-
-
-@_register("nf3")
-def _nf3(_):
-  return Codebook("nf3", normal_float(3), reference=f"the construction of {_QLORA} at 3 bits")
-
-
-@_register("nf2")
-def _nf2(_):
-  return Codebook("nf2", normal_float(2), reference=f"the construction of {_QLORA} at 2 bits")
-
-
-@_register("fp4")
-def _fp4(_):
-  # bitsandbytes' own FP4, not OCP's E2M1: its smallest level is 16 times smaller. Both of its
-  # codes for zero are kept: it sends values in (0, .0026] to the second one.
-  positive = tuple(level / 12 for level in (0.0625, 2, 3, 4, 6, 8, 12))
-  levels = (*(-level for level in reversed(positive)), 0.0, 0.0, *positive)
-  return Codebook("fp4", levels, reference="bitsandbytes, functional.py, get_4bit_type")
-
-
-def _register_table(
-  name: str, levels: Sequence[float], reference: str, scale: ScaleRule = "absmax"
-) -> None:
-  """A table that does not depend on the block size."""
-  codebook = Codebook(name, tuple(levels), scale, reference)
-  _REGISTRY[name] = lambda _: codebook
 
 
 def _mirrored(positive: Sequence[float], largest: float) -> tuple[float, ...]:
@@ -326,7 +304,13 @@ _register_table(
   "(largest − least integer) / 2, as torchao's symmetric mapping",
 )
 
-# Floats of 4 bits.
+# Floats of 4 bits. bitsandbytes' own is not OCP's E2M1: its smallest level is 16 times smaller.
+# Both of its codes for zero are kept: it sends values in (0, .0026] to the second one.
+_register_table(
+  "fp4",
+  sorted((*_mirrored((0.0625, 2, 3, 4, 6, 8, 12), 12), 0.0)),
+  "bitsandbytes, functional.py, get_4bit_type",
+)
 _register_table(
   "e2m1",
   _mirrored((0.5, 1, 1.5, 2, 3, 4, 6), 6),
@@ -506,19 +490,21 @@ _AF4 = {
 }
 
 
-@_register("af4")
-def _af4(block_size):
+def _af4(block_size: int | None) -> Codebook:
   if block_size not in _AF4:
     raise ValueError(
       f"codebook 'af4': block size {block_size}; it is published for {', '.join(map(str, _AF4))}"
     )
-  positive_and_negative = _AF4[block_size]
+  inner = _AF4[block_size]
   return Codebook(
     "af4",
-    (-1.0, *positive_and_negative[:6], 0.0, *positive_and_negative[6:], 1.0),
+    (-1.0, *inner[:6], 0.0, *inner[6:], 1.0),
     reference="Yoshida, NF4 Isn't Information Theoretically Optimal, 2023, "
     "https://arxiv.org/abs/2306.06965, as published (not quite the L1 optimum it sets out for)",
   )
+
+
+_REGISTRY["af4"] = _af4
 
 
 def _block_optimal(name: str, bits: int, signed: bool, error: str) -> None:
@@ -550,37 +536,33 @@ _register_table(
 )
 
 
-@_register("int4_zero_point")
-def _int4_zero_point(_):
-  return Codebook(
-    "int4_zero_point",
-    tuple(float(i) for i in range(16)),
-    scale="minmax",
-    reference="asymmetric round to nearest, 8-bit integer zero-point, as in GPTQ and AWQ files",
-  )
+_register_table(
+  "int4_zero_point",
+  range(16),
+  "asymmetric round to nearest, 8-bit integer zero-point, as in GPTQ and AWQ files",
+  "minmax",
+)
 
 
-@_register("equal_mass16")
-def _equal_mass16(_):
-  # What many write-ups call NF4: the medians of 16 bins of equal normal mass. It has no zero.
+def _equal_mass_medians() -> list[float]:
   quantiles = [_normal_ppf((i + 0.5) / 16) for i in range(16)]
-  return Codebook(
-    "equal_mass16",
-    tuple(q / quantiles[-1] for q in quantiles),
-    reference="medians of 16 bins of equal mass under N(0, 1)",
-  )
+  return [quantile / quantiles[-1] for quantile in quantiles]
 
 
-@_register("equal_mass16_means")
-def _equal_mass16_means(_):
+def _equal_mass_means() -> list[float]:
   edges = [-math.inf, *(_normal_ppf(i / 16) for i in range(1, 16)), math.inf]
   height = [math.exp(-(edge**2) / 2) for edge in edges]
   means = [low - high for low, high in itertools.pairwise(height)]
-  return Codebook(
-    "equal_mass16_means",
-    tuple(mean / means[-1] for mean in means),
-    reference="means of 16 bins of equal mass under N(0, 1)",
-  )
+  return [mean / means[-1] for mean in means]
+
+
+# What many write-ups call NF4: it has no zero.
+_register_table(
+  "equal_mass16", _equal_mass_medians(), "medians of 16 bins of equal mass under N(0, 1)"
+)
+_register_table(
+  "equal_mass16_means", _equal_mass_means(), "means of 16 bins of equal mass under N(0, 1)"
+)
 
 
 def name_of(levels: np.ndarray, block_size: int) -> str | None:

@@ -43,7 +43,7 @@ class QuantizationConfig:
   """How a weight is quantized: the arguments of `quantize`, as plain values.
 
   Attributes:
-    codebook: a name in `codebooks.names()`.
+    codebook: a name in `codebooks.names()`, or the path of a file for `codebooks.load`.
     block_size: weights along K that share a scale.
     double_quantization: code the scales in 8 bits.
     nested_block_size: scales that share an absmax under double quantization.

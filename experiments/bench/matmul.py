@@ -47,7 +47,6 @@ def busy(function: Callable[[], Any], calls: int) -> dict[str, float]:
     start = time.perf_counter()
     jax.block_until_ready(function())
     walls.append(time.perf_counter() - start)
-  totals: list[float] = []
   with tempfile.TemporaryDirectory() as directory:
     with jax.profiler.trace(directory):
       for _ in range(3):
@@ -83,6 +82,11 @@ def error(y: Any, x: Any, dense: np.ndarray) -> float:
   return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+def rotated(nbytes: int) -> int:
+  """How many weights of so many bytes the calls of a program take in turn."""
+  return min(_CALLS, max(2, -(-_ROTATED_BYTES // nbytes)))
+
+
 def measure_ceilings() -> dict[str, float]:
   """Bytes a second of a copy, read and write, and FLOP a second of a large bf16 product."""
   x = jnp.ones((512 << 20,), jnp.bfloat16)
@@ -94,12 +98,12 @@ def measure_ceilings() -> dict[str, float]:
 
 def measure(k: int, n: int, rows: Sequence[int], ceilings: dict[str, float]) -> list[dict]:
   """All implementations in JAX, of one weight's shape."""
-  count = min(_CALLS, max(2, -(-_ROTATED_BYTES // (k * n // 2))))
+  count = rotated(k * n // 2)
   pack = jax.jit(lambda key: quantize(jax.random.normal(key, (k, n)) * 0.02))
   packed = [pack(jax.random.key(i)) for i in range(count)]
-  plain_count = min(count, max(2, -(-_ROTATED_BYTES // (k * n * 2))))
-  plain = [dequantize(w, jnp.bfloat16) for w in packed[:plain_count]]
+  plain = [dequantize(w, jnp.bfloat16) for w in packed[: rotated(2 * k * n)]]
   exact = np.asarray(dequantize(packed[0])[:, ::_STRIDE], np.float64)
+  qwix = _qwix(k, n, count)
   results = []
 
   def record(work, m, name, timing, err=None, floor=None):
@@ -131,7 +135,7 @@ def measure(k: int, n: int, rows: Sequence[int], ceilings: dict[str, float]) -> 
       for name in ("gpu", "xla")
     }
     candidates["bf16 library"] = (jnp.matmul, dense)
-    if qwix := _qwix(packed, k, n):
+    if qwix:
       candidates["qwix"] = (qwix[0], [(x, qwix[1][i % count]) for i, x in enumerate(xs)])
     for name, (function, arguments) in candidates.items():
       timing = time_jax(function, arguments)
@@ -157,8 +161,8 @@ def _forward_and_gradient(function: Callable, x: jax.Array, w: Any) -> Any:
   return y, pullback(y)
 
 
-def _qwix(packed: list, k: int, n: int) -> Any:
-  """Qwix's product and its weights, or None where it is not installed."""
+def _qwix(k: int, n: int, count: int) -> Any:
+  """Qwix's product and so many weights of its own, or None where it is not installed."""
   if importlib.util.find_spec("qwix") is None:
     return None
   from qwix._src.core import qarray  # pyright: ignore[reportMissingImports]
@@ -166,7 +170,7 @@ def _qwix(packed: list, k: int, n: int) -> Any:
 
   how = qarray.HowToQuantize(qtype="nf4", channelwise_axes=[1], tiled_axes={0: 64})
   make = jax.jit(lambda key: qarray.quantize(jax.random.normal(key, (k, n), jnp.bfloat16), how))
-  return dot, [make(jax.random.key(i)) for i in range(len(packed))]
+  return dot, [make(jax.random.key(i)) for i in range(count)]
 
 
 def measure_bitsandbytes(k: int, n: int, rows: Sequence[int]) -> list[dict]:
@@ -175,7 +179,7 @@ def measure_bitsandbytes(k: int, n: int, rows: Sequence[int]) -> list[dict]:
   import torch  # pyright: ignore[reportMissingImports]
   from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
-  count = min(_CALLS, max(2, -(-_ROTATED_BYTES // (k * n // 2))))
+  count = rotated(k * n // 2)
   packed = [
     functional.quantize_4bit(
       torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02,

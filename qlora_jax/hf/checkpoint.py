@@ -25,7 +25,7 @@ import tqdm
 from jax.typing import DTypeLike
 
 from qlora_jax import codebooks, tree_paths
-from qlora_jax.hf import bitsandbytes, hub, packed
+from qlora_jax.hf import bitsandbytes, hub, packed, stacks
 from qlora_jax.hf.files import read_json
 from qlora_jax.hf.stored import StoredArray
 from qlora_jax.hf.tensors import Tensors
@@ -106,7 +106,6 @@ def load(
 
   if packed.is_packed(directory):
     frozen = packed.read(directory, model_shapes(model), place, progress=progress)
-    packed.check_fingerprint(directory, frozen)
     if storage_dtype is not None:
       frozen = _stored_as(storage_dtype, directory, frozen)
     if quantization is not None:
@@ -595,18 +594,7 @@ def _write_dense(stack, rows, index, start, transposed):
   value = (rows.T if transposed else rows).astype(stack.dtype)
   good = jnp.isfinite(value).all()
   at = (0, start) if transposed else (start, *[0] * (value.ndim - 1))
-  return _put(stack, value, index, at), good
-
-
-def _put(stack: jax.Array, value: jax.Array, index: tuple, at: tuple) -> jax.Array:
-  """Writes `value` into the part of `stack` at `index`, from `at` on."""
-  value = value[(None,) * len(index)]
-  return jax.lax.dynamic_update_slice(stack, value, (*index, *at))
-
-
-def _put_whole(stack: Any, one: Any, index: tuple) -> Any:
-  """Writes the tree of one matrix into that of a stack."""
-  return jax.tree.map(lambda s, x: _put(s, x, index, (0,) * x.ndim), stack, one)
+  return stacks.put(stack, value, index, at), good
 
 
 class _QuantizedStack(_Stack):
@@ -651,7 +639,7 @@ class _QuantizedStack(_Stack):
 def _write_matrix(stack, rows, index, config, transposed):
   good = in_range(rows).all()
   one = quantize(rows.T if transposed else rows, **dataclasses.asdict(config))
-  return _put_whole(stack, one, index), good
+  return stacks.put_whole(stack, one, index), good
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
@@ -664,7 +652,7 @@ def _write_columns(stack, rows, index, start, config):
 def _put_columns(stack: Any, one: Any, index: tuple, start: Any) -> Any:
   def put(stack, x):
     # All have the weight's columns last, but the table.
-    return _put(stack, x, index, (0, start) if x.ndim == 2 else (0,))
+    return stacks.put(stack, x, index, (0, start) if x.ndim == 2 else (0,))
 
   return jax.tree.map(put, stack, one)
 
@@ -675,7 +663,7 @@ def _write_columns_beside(stack, scales, rows, index, start, config):
   good = in_range(rows).all()
   one = quantize(rows.T, **dataclasses.asdict(config))
   assert not isinstance(one.scales, NestedScales)
-  scales = _put(scales, one.scales, (), (0, start))
+  scales = stacks.put(scales, one.scales, (), (0, start))
   rest = _put_columns(
     dataclasses.replace(stack, scales=None), dataclasses.replace(one, scales=None), index, start
   )
@@ -685,7 +673,7 @@ def _write_columns_beside(stack, scales, rows, index, start, config):
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_scales(stack, scales, index):
   nested = nest_scales(scales, stack.scales.block_size)
-  return dataclasses.replace(stack, scales=_put_whole(stack.scales, nested, index))
+  return dataclasses.replace(stack, scales=stacks.put_whole(stack.scales, nested, index))
 
 
 class _PackedStack(_Stack):
@@ -698,17 +686,11 @@ class _PackedStack(_Stack):
   def write(self, rows, value, flags):
     del flags
     if self.value is None:
-      self.value = jax.tree.map(lambda x: jnp.zeros((*self._leading, *x.shape), x.dtype), value)
+      self.value = stacks.empty(self._leading, value)
     try:
-      self.value = write_whole(self.value, value, rows.matrix.index)
+      self.value = stacks.write_whole(self.value, value, rows.matrix.index)
     except ValueError as error:
       # Unlike tree structures: the layers are packed in different ways.
       raise ValueError(
         f"{rows.matrix.name}: packed otherwise than the layers before it: {error}"
       ) from None
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def write_whole(stack: Any, one: Any, index: tuple[int, ...]) -> Any:
-  """Writes the tree of one matrix into that of a stack, which is overwritten."""
-  return _put_whole(stack, one, index)

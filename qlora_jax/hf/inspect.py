@@ -119,13 +119,13 @@ def _packed(directory: Path, model: Transformer) -> Iterator[str]:
 
 
 def _check_bits(directory: Path, model: Transformer) -> None:
-  sums = packed.read(
+  """Reads all files, of which a leaf is held at a time."""
+  packed.read(
     directory,
     checkpoint.model_shapes(model),
     lambda _, leaf: jax.tree.map(checksum, leaf),
     progress=True,
   )
-  packed.check_fingerprint(directory, sums)
 
 
 def _table(rows: list[tuple[str, int, int]]) -> Iterator[str]:

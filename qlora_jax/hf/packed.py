@@ -123,23 +123,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
   return manifest
 
 
-def check_fingerprint(directory: Path, frozen: Any) -> None:
-  """Compares what was read with what `save_base` wrote, bit for bit.
-
-  Args:
-    frozen: the tree, of arrays or of their `fingerprint.checksum`s.
-
-  Raises:
-    ValueError: they differ.
-  """
-  stored, found = read_manifest(directory)["fingerprint"], fingerprint(frozen)
-  if found != stored:
-    raise ValueError(
-      f"{directory / MANIFEST}: fingerprint {stored}; that of the files is {found}: they are not "
-      "as they were written; quantize the original again"
-    )
-
-
 def read(
   directory: Path,
   shapes: Any,
@@ -148,17 +131,20 @@ def read(
   progress: bool,
   headers_only: bool = False,
 ) -> dict[str, Any]:
-  """The tree that `save_base` wrote.
+  """The tree that `save_base` wrote, bit for bit.
 
   Args:
     shapes: of the model's dense tree, which the leaves must have.
-    place: where a leaf goes, from its path and value.
+    place: where a leaf goes, from its path and value; or its arrays' `fingerprint.checksum`s, for
+      a look at each that holds none.
     headers_only: gives shapes in place of arrays, and reads none.
 
   Raises:
-    FileNotFoundError, ValueError: a file or array that is missing, cut short or of another shape.
+    FileNotFoundError, ValueError: a file or array that is missing, cut short or of another shape;
+      bits that are not those of the manifest's fingerprint.
   """
-  leaves = read_manifest(directory)["leaves"]
+  manifest = read_manifest(directory)
+  leaves = manifest["leaves"]
   wanted = {path: list(like.shape) for path, like in tree_paths.leaves(shapes).items()}
   for path in sorted(set(wanted) | set(leaves)):
     found = leaves.get(path, {}).get("shape")
@@ -184,7 +170,13 @@ def read(
         )
       frozen[path] = place(path, value)
       bar.update(files[path].stat().st_size)
-  return tree_paths.nest(frozen)
+  tree = tree_paths.nest(frozen)
+  if not headers_only and (found := fingerprint(tree)) != manifest["fingerprint"]:
+    raise ValueError(
+      f"{directory / MANIFEST}: fingerprint {manifest['fingerprint']}; that of the files is "
+      f"{found}: they are not as they were written; quantize the original again"
+    )
+  return tree
 
 
 def _leaf(file: Path, entry: dict[str, Any], headers_only: bool) -> Any:

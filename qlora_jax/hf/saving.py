@@ -19,8 +19,8 @@ import tqdm
 from jax.typing import DTypeLike
 
 from qlora_jax import lora, tree_paths
-from qlora_jax.hf import bitsandbytes
-from qlora_jax.hf.checkpoint import float_dtype, model_shapes, write_whole
+from qlora_jax.hf import bitsandbytes, stacks
+from qlora_jax.hf.checkpoint import float_dtype, model_shapes
 from qlora_jax.hf.files import copy_tokenizer, new_directory, write_json
 from qlora_jax.hf.tensor_file import TensorFile, entry_bytes
 from qlora_jax.hf.tensors import INDEX, SINGLE
@@ -233,16 +233,11 @@ def merge_into_bits(
       elif treatment is not None and not isinstance(treatment, QuantizationConfig):
         w = w.astype(treatment)
       if isinstance(part, int):
-        stack = made.pop(leaf) if leaf in made else _empty(counts[leaf], w)
-        w = write_whole(stack, w, (part,))
+        stack = made.pop(leaf) if leaf in made else stacks.empty((counts[leaf],), w)
+        w = stacks.write_whole(stack, w, (part,))
       # Waits, so that no more than a layer is dense at once.
       made[leaf] = jax.block_until_ready(w)
   return tree_paths.nest(made)
-
-
-def _empty(count: int, one: Any) -> Any:
-  """A stack for so many like `one`."""
-  return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), one)
 
 
 def merged_shapes(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax import tree_paths
+from qlora_jax.hf import stacks
 from qlora_jax.hf.tensors import Tensors
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantized_tensor import is_quantized
@@ -71,7 +72,9 @@ class StoredArray:
       return jnp.asarray(self._read(self._names[index]), self.dtype)
     whole = jnp.zeros(self.shape[len(index) :], self.dtype)
     for below in np.ndindex(leading[len(index) :]):
-      whole = _put(whole, jnp.asarray(self._read(self._names[index + below]), self.dtype), below)
+      one = jnp.asarray(self._read(self._names[index + below]), self.dtype)
+      whole = stacks.write_whole(whole, one, below)
+      del one  # else it would be held while the next is read
     return whole
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -85,12 +88,6 @@ class StoredArray:
       at = [int(i) for i in np.argwhere(~finite)[0]]
       raise ValueError(f"{self._tensors.where(name)}: the value at index {at} is not finite")
     return value.T if self._transposed else value
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, part: jax.Array, index: tuple[int, ...]) -> jax.Array:
-  part = part[(None,) * len(index)]
-  return jax.lax.dynamic_update_slice(stack, part, (*index, *[0] * (part.ndim - len(index))))
 
 
 def logits(

@@ -98,7 +98,8 @@ def _device() -> tuple[str, Any]:
   # A program can be lowered for a GPU that is not there.
   if device := jax.sharding.get_abstract_mesh().abstract_device:
     return device.platform or jax.default_backend(), device
-  default: Any = getattr(jax.config, "jax_default_device", None)
+  config: Any = jax.config
+  default = config.jax_default_device
   device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
   return device.platform, device
 

@@ -11,8 +11,8 @@ these means:
 - The two codes of a byte belong to rows of K 64 apart (`quantized_tensor`), so to two blocks. For
   up to 4 rows of x, B's 8 columns tell them apart: column 2m has x[m] where the low codes are,
   2m + 1 where the high ones are, and zeros elsewhere. For more rows, two bytes exchange codes.
-- A thread block has 16 warps, which share its 32 to 128 outputs out along K, and each reads its
-  next group of 128 while it multiplies the last one. Scales are restored once, in shared memory.
+- A thread block has 16 warps, each with 32 outputs and a share of K, of which it reads the next
+  group of 128 while it multiplies the last one. Scales are restored once, in shared memory.
 
 `mma.sync`'s operands, lane 4g + t: A rows g and g + 8, columns 2t, 2t + 1, 2t + 8, 2t + 9; B the
 same rows of K, column g; the sums rows g and g + 8, columns 2t and 2t + 1. (PTX ISA, section
@@ -36,7 +36,7 @@ from qlora_jax.quantized_tensor import GROUP, NestedScales, QuantizedTensor
 _WARPS = 16
 # Outputs of a warp: 4 bytes of codes a lane and row, by 8 lanes.
 _WARP_COLUMNS = 32
-# Row tiles that a thread block may have: below 4 with the planes told apart by columns.
+# Rows that a thread block may take: 4 with the planes told apart by columns.
 _ROW_TILES = (4, 8, 16)
 _SHARED_BYTES = 227 << 10
 # Of the table of pairs, and of the dynamic map.
@@ -58,10 +58,12 @@ class Tiles:
 
   @property
   def columns(self) -> int:
+    """Outputs of a thread block."""
     return self.column_warps * _WARP_COLUMNS
 
   @property
   def k_warps(self) -> int:
+    """Warps that share K out."""
     return _WARPS // self.column_warps
 
 
@@ -173,8 +175,9 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
   column_warp, k_warp = warp % tiles.column_warps, warp // tiles.column_warps
   first_row = row_tile * tiles.rows
   first_column = column_tile * tiles.columns
-  # This lane's 4 outputs, which lie side by side.
-  column = first_column + column_warp * _WARP_COLUMNS + g * 4
+  # This lane's 4 outputs, which lie side by side: in the block's tile, and of all.
+  local_column = column_warp * _WARP_COLUMNS + g * 4
+  column = first_column + local_column
   table, dynamic_map = shared, shared + 4 * _TABLE_WORDS
   restored = dynamic_map + 4 * _MAP_WORDS
   by_columns = tiles.rows == 4
@@ -184,6 +187,15 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
   steps = 8 if by_columns else 4
   run = 16 // steps
   first_of_step = [q * 16 + run * s if whole else s * 4 * run + q * run for s in range(steps)]
+
+  def share_out(items, body):
+    """Runs `body` of each item, in the threads in turn."""
+    for i in range(0, items, threads):
+      item = index + i
+      if i + threads <= items:
+        body(item)
+      else:
+        t.when(item < items, functools.partial(body, item))
 
   def read_codes(group):
     inside = (group < groups) & (column < n)
@@ -242,13 +254,7 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
       ]
     t.store_words(restored, item * 16, [t.as_word(value) for value in values])
 
-  items = blocks * tiles.columns // 4
-  for i in range(0, items, threads):
-    item = index + i
-    if i + threads <= items:
-      restore(item)
-    else:
-      t.when(item < items, lambda item=item: restore(item))
+  share_out(blocks * tiles.columns // 4, restore)
   t.barrier()
 
   lookups = table + lane * 4
@@ -261,8 +267,7 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
     within = plane * 64 + (0 if whole else step * 4 * run)
     block = (group * GROUP + within) // shape.block_size
     block = t.minimum(block, blocks - 1)
-    local = column_warp * _WARP_COLUMNS + g * 4
-    words = t.load_shared_words(restored, (block * tiles.columns + local) * 4, 4)
+    words = t.load_shared_words(restored, (block * tiles.columns + local_column) * 4, 4)
     return [t.as_float(word) for word in words]
 
   # Steps whose products are of one block.
@@ -330,10 +335,9 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
 
   # The warps' sums lie in the table's place, [K warps, rows, columns], and are added in order.
   t.barrier()
-  local = column_warp * _WARP_COLUMNS + g * 4
 
   def put(row, output, value):
-    at = (k_warp * tiles.rows + row) * tiles.columns + local + output
+    at = (k_warp * tiles.rows + row) * tiles.columns + local_column + output
     t.store(table, at * 4, value)
 
   if by_columns:
@@ -355,10 +359,4 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
     inside = (row < m) & (output < n)
     t.when(inside, lambda: t.store_rounded(y, (row * n + output) * 2, total, shape.dtype))
 
-  items = tiles.rows * tiles.columns
-  for i in range(0, items, threads):
-    item = index + i
-    if i + threads <= items:
-      finish(item)
-    else:
-      t.when(item < items, lambda item=item: finish(item))
+  share_out(tiles.rows * tiles.columns, finish)

@@ -597,7 +597,7 @@ def test_spans_that_are_not_known_are_refused(tmp_path, source, message):
     ("{{ 'x' * 10**10 }}", "1 GiB of memory"),
     (
       "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-      "1 GiB of memory|was not done after 1 s",
+      "1 GiB of memory",
     ),
     ("{{ '%09999999999d' % 1 }}", "1 GiB of memory|OverflowError|ValueError"),
     ("{{ 'x' * 2**25 }}", "more than 16,777,216 characters"),
@@ -622,7 +622,8 @@ def test_spans_that_are_not_known_are_refused(tmp_path, source, message):
   ],
 )
 def test_hostile_and_wrong_templates_are_stopped(tmp_path, source, message):
-  template = template_of(tmp_path, source, seconds=1.0)
+  # On a busy machine memory takes longer to fill than a loop to be stopped.
+  template = template_of(tmp_path, source, seconds=8.0 if "memory" in message else 1.0)
   start = time.monotonic()
   with pytest.raises(ValueError, match=message) as caught:
     template.render([USER])

@@ -21,6 +21,7 @@ from qlora_jax.hf.tensors import Tensors
 from qlora_jax.models.rope import Llama3, Rope
 from qlora_jax.models.transformer import LayerKind, Transformer, TransformerConfig
 from qlora_jax.quantized_tensor import is_quantized
+from tests.hf import peak_memory
 
 CONFIG = TransformerConfig(
   vocab_size=40,
@@ -32,6 +33,7 @@ CONFIG = TransformerConfig(
   head_dim=8,
   max_position_embeddings=64,
 )
+
 NF4 = QuantizationConfig(block_size=16, nested_block_size=32)
 # Its codes are drawn with restored scales, so that they need the whole matrix.
 BOF = QuantizationConfig("int4_signed", block_size=16, nested_block_size=32)
@@ -226,34 +228,18 @@ def test_the_stack_is_written_in_place(saved, monkeypatch):
 
 
 PEAK = """
-import sys, threading, time
-import jax, jax.numpy as jnp
+import sys
+import jax
 from qlora_jax import QuantizationConfig, hf
 from qlora_jax.hf import checkpoint
-
-def anonymous():
-  with open("/proc/self/status") as file:
-    return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-peak, done = 0, False
-def watch():
-  global peak
-  while not done:
-    peak = max(peak, anonymous())
-    time.sleep(0.002)
+from tests.hf.peak_memory import peak_of
 
 checkpoint._CHUNK_BYTES = int(sys.argv[3])
 rules = QuantizationConfig()
 # The programs are compiled first: a compiler's memory is not the loader's.
 hf.load(sys.argv[1], rules)
-before = anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-model, frozen = hf.load(sys.argv[2], rules)
-jax.block_until_ready(frozen)
-done = True
-thread.join()
-print(peak - before, sum(x.nbytes for x in jax.tree.leaves(frozen)))
+frozen, peak = peak_of(lambda: jax.block_until_ready(hf.load(sys.argv[2], rules)[1]))
+print(peak, sum(x.nbytes for x in jax.tree.leaves(frozen)))
 """
 
 
@@ -274,10 +260,9 @@ def test_the_peak_is_the_packed_base_and_less_than_a_tensor_and_a_third(tmp_path
     del tree
   tensor = 4096 * 32768 * 2
   script = [sys.executable, "-c", PEAK, tmp_path / "warm", tmp_path / "model", str(16 << 20)]
-  # Chunks of 64 MiB, beside tensors of 1 GB, go back to the system when freed. glibc would keep
-  # these smaller ones, as many as chance has it (.8 to 1.3 tensors without this, .9 to 1 with).
-  env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-  result = subprocess.run(script, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+  result = subprocess.run(
+    script, capture_output=True, text=True, check=True, cwd=ROOT, env=peak_memory.ENVIRONMENT
+  )
   peak, packed = map(int, result.stdout.split())
   assert packed < 2 * 3.5 * tensor / 3.8
   assert peak < packed + 1.3 * tensor, (peak / tensor, packed / tensor)

@@ -1,7 +1,6 @@
 """A base that stays in its files: the numbers of one that is loaded, in the memory of a part."""
 
 import json
-import os
 import subprocess
 import sys
 import weakref
@@ -21,6 +20,7 @@ from qlora_jax.hf.checkpoint import model_shapes
 from qlora_jax.hf.tensor_file import TensorFile, entry_bytes
 from qlora_jax.models import families
 from qlora_jax.models.transformer import Transformer
+from tests.hf import peak_memory
 
 ROOT = Path(qlora_jax.__file__).parents[1]
 
@@ -226,33 +226,17 @@ def test_a_packed_base_is_not_opened_in_its_files(saved, tmp_path):
 
 
 MERGE = """
-import sys, threading, time
+import sys
 from pathlib import Path
 from experiments import convert
-
-def anonymous():
-  with open("/proc/self/status") as file:
-    return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-peak, done = 0, False
-def watch():
-  global peak
-  while not done:
-    peak = max(peak, anonymous())
-    time.sleep(0.002)
+from tests.hf.peak_memory import peak_of
 
 def merge(*names):
   assert convert.main(["merge", *(str(Path(sys.argv[1]) / name) for name in names)]) == 0
 
 # What a process holds in any case is not the merge's.
 merge("one", "adapter1", "out1")
-before = anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-merge("deep", "adapter2", "out2")
-done = True
-thread.join()
-print(peak - before)
+print(peak_of(lambda: merge("deep", "adapter2", "out2"))[1])
 """
 
 
@@ -272,9 +256,10 @@ def test_a_merge_needs_the_memory_of_one_part(tmp_path):
     cfg, params, constants = adapter(frozen)
     hf.save_adapter(tmp_path / adapter_name, params, constants, cfg, model=model, frozen=frozen)
     del frozen
-  env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
   script = [sys.executable, "-c", MERGE, tmp_path]
-  result = subprocess.run(script, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+  result = subprocess.run(
+    script, capture_output=True, text=True, check=True, cwd=ROOT, env=peak_memory.ENVIRONMENT
+  )
   peak = int(result.stdout.splitlines()[-1])
   # The check has the head in bfloat16 and cast to float32, and the logits of before and after. The
   # base is 8 of these parts.

@@ -6,7 +6,9 @@ weight's path takes the weight's place: norms or a head trained in full, or a wh
 trained from scratch.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qlora_jax import lora
-from qlora_jax.matmul import quantized_matmul
+from qlora_jax.matmul import adapted_matmul, fuses_adapter, quantized_matmul
 from qlora_jax.quantized_tensor import AnyQuantizedTensor
 
 Initializer = Callable[..., jax.Array]
@@ -57,11 +59,38 @@ def plain_weight(
   return value
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(dtype: DTypeLike, x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`[..., K] · [K, N]`, both of one dtype, to `[..., N]` of `dtype`.
+
+  The gradient of a float32 result is rounded to x's dtype before it is multiplied, as if the result
+  had that dtype: JAX would make the kernel float32 instead, twice its size, for a product at less
+  than half the speed.
+  """
+  return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def _matmul_forward(dtype, x, kernel):
+  return _matmul(dtype, x, kernel), (x, kernel)
+
+
+def _matmul_backward(dtype, residuals, g):
+  del dtype
+  x, kernel = residuals
+  g = g.astype(x.dtype)
+  rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+  return jnp.matmul(g, kernel.T), jnp.matmul(rows[0].T, rows[1])
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class QDense(nn.Module):
   """y = x · W + s · (x · A) · B (+ bias), with W packed or plain, and the adapter if there is one.
 
   The adapter is what `params` has at this path: `lora_a` and `lora_b`, a `lora_bias`, a DoRA
-  `magnitude` (see `lora`).
+  `magnitude`; or what VeRA or LoRA-XS train, with `lora_a` and `lora_b` in `constants` (see
+  `lora`).
 
   Attributes:
     features: N.
@@ -89,9 +118,9 @@ class QDense(nn.Module):
     def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
       if isinstance(kernel, AnyQuantizedTensor):
         return quantized_matmul(x, kernel, implementation=self.implementation).astype(dtype)
-      return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+      return _matmul(dtype, x, kernel.astype(x.dtype))
 
-    y = _add_adapter(self, x, project(x, output_dtype), project)
+    y = _with_adapter(self, x, output_dtype, project, kernel)
     if self.use_bias:
       bias = plain_weight(self, "bias", nn.initializers.zeros_init(), (self.features,))
       y = y + _row(bias.astype(output_dtype), y)
@@ -119,9 +148,9 @@ class TiedHead(nn.Module):
       kernel = plain_weight(self, "kernel", nn.initializers.zeros_init(), kernel.shape)
 
     def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-      return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+      return _matmul(dtype, x, kernel.astype(x.dtype))
 
-    return _add_adapter(self, x, project(x, jnp.float32), project)
+    return _with_adapter(self, x, jnp.float32, project)
 
 
 class Embed(nn.Module):
@@ -169,32 +198,56 @@ def _scaling(module: nn.Module) -> jax.Array:
   return module.get_variable("constants", "scaling")
 
 
-def _add_adapter(
+def _with_adapter(
   module: nn.Module,
   x: jax.Array,
-  y: jax.Array,
+  dtype: DTypeLike,
   project: Callable[[jax.Array, DTypeLike], jax.Array],
+  kernel: Any = None,
 ) -> jax.Array:
-  """y = x · W as the adapter of `module` changes it, if it has one.
+  """y = x · W as the adapter of `module` changes it, if it has one, without the layer's bias.
 
   Args:
     module: whose params hold the adapter.
-    x: `[..., K]`. y: `[..., N]`, without the layer's bias.
+    x: `[..., K]`.
+    dtype: of y, `[..., N]`.
     project: the product with W, in the dtype of what it is given; and the dtype to return.
+    kernel: W; packed, it may be multiplied by with the adapter in it.
   """
-  if not module.has_variable("params", "lora_a"):
-    return y
+  trained = [name for name in lora.FACTORS if module.has_variable("params", name)]
+  if not trained:
+    return project(x, dtype)
   scaling = _scaling(module)
-  a, b = (module.get_variable("params", name) for name in ("lora_a", "lora_b"))
+  fixed = [name for name in lora.FACTORS if module.has_variable("constants", name)]
+  pair = lora.factors(
+    {name: module.get_variable("constants", name) for name in fixed}
+    | {name: module.get_variable("params", name) for name in trained}
+  )
+  if pair is None:
+    raise ValueError(
+      f"{'/'.join((*module.path, trained[0]))}: in params without lora_a and lora_b; pass the "
+      "constants that lora.init returned with it"
+    )
+  a, b = pair
   dropout, key = None, None
   if module.has_variable("constants", "dropout") and module.has_rng("dropout"):
     dropout, key = module.get_variable("constants", "dropout"), module.make_rng("dropout")
-  delta = lora.apply(x, a, b, scaling, dropout=dropout, key=key)
-  if module.has_variable("params", "magnitude"):
-    scale = _dora_scale(module, a, b, scaling, project)
-    y = (_row(scale, y) * (y.astype(jnp.float32) + delta.astype(jnp.float32))).astype(y.dtype)
+  has_magnitude = module.has_variable("params", "magnitude")
+  implementation = getattr(module, "implementation", None)
+  if (
+    isinstance(kernel, AnyQuantizedTensor)
+    and key is None
+    and fuses_adapter(x, kernel, a.shape[-1], implementation=implementation)
+  ):
+    y = adapted_matmul(x, kernel, a, b, scaling).astype(dtype)
   else:
-    y = y + delta.astype(y.dtype)
+    y = project(x, dtype)
+    # DoRA multiplies the sum before it is rounded.
+    wide = jnp.float32 if has_magnitude else dtype
+    y = y.astype(wide) + lora.apply(x, a, b, scaling, dropout=dropout, key=key).astype(wide)
+  if has_magnitude:
+    scale = _dora_scale(module, a, b, scaling, project)
+    y = (_row(scale, y) * y.astype(jnp.float32)).astype(dtype)
   if module.has_variable("params", "lora_bias"):
     bias = module.get_variable("params", "lora_bias").astype(jnp.float32)
     y = y + _row((scaling * bias).astype(y.dtype), y)

@@ -14,31 +14,56 @@ Beside A and B there may be a `lora_bias` b `[N]`, and DoRA's `magnitude` m `[N]
   y = x · W + s · (x · A · B + b)
   y = m / ‖W + s · A · B‖ · (x · W + s · x · A · B)     the norm is over K, and detached
 
+Two variants train less than A and B, which then stand in `constants`: VeRA two vectors, `vera_d`
+`[r]` and `vera_b` `[N]`, LoRA-XS a `core` `[r, r]`; `factors` makes an A and a B of all of them:
+
+  y = x · W + s · ((x · A) ⊙ d) · B ⊙ b                  VeRA: A and B random, shared by all layers
+  y = x · W + s · x · A · core · B                       LoRA-XS: A and B of W's truncated SVD
+
 A table `[V, D]` that is looked up has A `[V, r]` and B `[r, D]`: (table + s · A · B)[ids]. A head
 that is tied to the table has its own adapter, as if its kernel, tableᵀ, stood at `head/kernel`;
 neither sees the other's. And a full leaf in `params` at the path of a base weight takes its place.
 """
 
 import dataclasses
+import difflib
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from qlora_jax import tree_paths
 from qlora_jax.quantization import dequantize
 from qlora_jax.quantized_tensor import is_quantized
+from qlora_jax.truncated_svd import STEPS, truncated_svd
+
+Variant = Literal["lora", "dora", "vera", "lora_xs"]
+Init = Literal["lora", "pissa", "olora", "loftq", "lora_ga", "eva"]
+
+# Inits that take something out of the base, and put it into the adapter.
+_OF_CHANGED_BASE = ("pissa", "olora", "loftq", "lora_ga")
+
+# The leaves that an adapter's A and B are made of, in params or constants.
+FACTORS = ("lora_a", "lora_b", "core", "vera_d", "vera_b")
+
+# VeRA's d at the start, and the standard deviation of LoRA-XS's core.
+_VERA_D = 0.1
+_CORE = 1e-5
 
 # The least normal float32: a smaller squared norm counts as zero.
 _TINY = np.float32(2.0**-126)
 
 # Read by a lookup, not by a product.
 _LOOKUP = "/embedding"
+
+# What remat policies know x · A by.
+LOW_RANK = "low_rank"
 
 # A base with the one and not the other ties them.
 TABLE, HEAD = "embed/embedding", "head/kernel"
@@ -58,7 +83,18 @@ class LoRAConfig:
       is given a dropout key. Lookups have none.
     rank_pattern: path pattern → rank, for some of the targets.
     alpha_pattern: path pattern → alpha.
-    use_dora: DoRA, Liu et al., 2024, https://arxiv.org/abs/2402.09353.
+    variant: lora; dora, Liu et al., 2024, https://arxiv.org/abs/2402.09353; vera, Kopiczko et al.,
+      2023, https://arxiv.org/abs/2310.11454 (s = 1, whatever alpha is); lora_xs, Bałazy et al.,
+      2024, https://arxiv.org/abs/2405.17604.
+    init: what A and B start as. lora: A random, B = 0. pissa, olora, loftq, lora_ga: see
+      `lora_init`, whose `initialize` makes base and adapters together. eva: `lora_init.eva`.
+    loftq_iterations: of LoftQ, T.
+    loftq_ignores_scaling: as PEFT has it: right only where alpha = rank.
+    lora_ga_gamma: γ of LoRA-GA, by whose root A and B are divided.
+    eva_rho: of EVA: a layer's rank is at most so many times the one it is given.
+    calibration_batches: of training, whose gradient LoRA-GA, and whose activations EVA starts from.
+    svd_iterations: of the randomized SVD that pissa, loftq, lora_ga and lora_xs start with; None
+      for the full decomposition.
     lora_bias: whether an adapter has a bias.
     modules_to_save: path patterns of weights, or of layers with all their weights, that are
       trained in full. `head` gives a tied head a kernel of its own.
@@ -77,7 +113,14 @@ class LoRAConfig:
   dropout: float = 0.0
   rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  use_dora: bool = False
+  variant: Variant = "lora"
+  init: Init = "lora"
+  loftq_iterations: int = 5
+  loftq_ignores_scaling: bool = False
+  lora_ga_gamma: float = 16.0
+  eva_rho: float = 2.0
+  calibration_batches: int = 1
+  svd_iterations: int | None = STEPS
   lora_bias: bool = False
   modules_to_save: tuple[str, ...] = ()
 
@@ -99,9 +142,40 @@ class LoRAConfig:
         raise ValueError(f"{name}: {alpha}; an alpha is above 0")
     if not 0 <= self.dropout < 1:
       raise ValueError(f"dropout: {self.dropout}; a probability in [0, 1)")
+    for name, choices in (("variant", get_args(Variant)), ("init", get_args(Init))):
+      value = getattr(self, name)
+      if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name}: {value!r}; one of {', '.join(choices)}{hint}")
+    for name in ("loftq_iterations", "calibration_batches"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}: {getattr(self, name)}; at least 1")
+    if not (math.isfinite(self.lora_ga_gamma) and self.lora_ga_gamma > 0):
+      raise ValueError(f"lora_ga_gamma: {self.lora_ga_gamma}; a finite number above 0")
+    if not (math.isfinite(self.eva_rho) and self.eva_rho >= 1):
+      raise ValueError(f"eva_rho: {self.eva_rho}; a finite number, 1 or more")
+    if self.svd_iterations is not None and self.svd_iterations < 1:
+      raise ValueError(f"svd_iterations: {self.svd_iterations}; at least 1, or None")
+    if self.has_fixed_matrices and self.init != "lora":
+      raise ValueError(
+        f"init: {self.init!r} with variant {self.variant!r}, whose A and B are fixed by what it is"
+      )
+
+  @property
+  def has_fixed_matrices(self) -> bool:
+    """Whether A and B stand in constants, and something smaller is trained."""
+    return self.variant in ("vera", "lora_xs")
+
+  @property
+  def changes_base(self) -> bool:
+    """Whether the init takes something out of the base."""
+    return self.init in _OF_CHANGED_BASE
 
   def scaling(self, rank: int, alpha: float) -> float:
     """s, of an adapter with this rank and alpha."""
+    if self.variant == "vera":
+      return 1.0
     return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
 
@@ -138,7 +212,10 @@ def init(key: jax.Array, frozen: Any, cfg: LoRAConfig) -> tuple[dict, dict]:
 
   A ~ U(−1/√K, 1/√K) and B = 0; of a lookup, A = 0 and B ~ N(0, 1); as PEFT draws them. DoRA's m =
   ‖W‖. The draw for a weight depends on the key and its path alone: adding a target changes no
-  other adapter.
+  other adapter. (VeRA's A and B are those of the key and the largest target, cut to size.)
+
+  VeRA: d = 0.1, b = 0; A and B uniform, with bounds √(6 / K) and √(6 / r), as PEFT draws them.
+  LoRA-XS: A = V and B = S · Uᵀ of Wᵀ = U · S · Vᵀ, the layer's own; core ~ N(0, 10⁻¹⁰).
 
   Args:
     key: a JAX random key.
@@ -148,33 +225,56 @@ def init(key: jax.Array, frozen: Any, cfg: LoRAConfig) -> tuple[dict, dict]:
   Returns:
     (params, constants), nested dicts. Below each target's layer, params has `lora_a`
     `[..., K, r]` and `lora_b` `[..., r, N]`, and `magnitude` or `lora_bias` `[..., N]` where cfg
-    asks for them, float32; constants as the function of that name says. Weights to be trained in
-    full are copied to their own paths in params, float32.
+    asks for them, float32; constants as the function of that name says. Of VeRA and LoRA-XS,
+    constants has `lora_a` and `lora_b`, and params `vera_d` `[..., r]` and `vera_b` `[..., N]`, or
+    `core` `[..., r, r]`. Weights to be trained in full are copied to their own paths in params,
+    float32.
 
   Raises:
     ValueError: a pattern that matches no weight, patterns that disagree on one, a rank
-      that exceeds min(K, N), or what a lookup's adapter cannot have.
+      that exceeds min(K, N), or what a lookup's adapter cannot have; an init that changes the
+      base.
   """
+  if cfg.changes_base:
+    raise ValueError(
+      f"lora.init: {cfg.init!r} changes the base; lora_init.initialize makes both from the dense "
+      "weights"
+    )
+  if cfg.init == "eva":
+    raise ValueError("lora.init: 'eva' starts from activations; lora_init.eva takes their moments")
   fixed = tree_paths.leaves(constants(frozen, cfg))
   params = {}
-  for path, (leaf, ranks, _) in _plan(frozen, cfg).items():
+  planned = plan(frozen, cfg)
+  shared = _vera_matrices(key, planned) if cfg.variant == "vera" else None
+  for path, (leaf, ranks, _) in planned.items():
     layer = module(path)
     *leading, k, n = leaf.shape
     rank = max(ranks)
-    # crc32, not hash(): Python's differs from process to process.
-    path_key = jax.random.fold_in(key, np.uint32(zlib.crc32(layer.encode())))
+    own = path_key(key, path)
     shape_a, shape_b = (*leading, k, rank), (*leading, rank, n)
-    if is_lookup(path):
-      a = jnp.zeros(shape_a, jnp.float32)
-      b = _padded(jax.random.normal(path_key, shape_b, jnp.float32), ranks, -2)
+    if shared is not None:
+      # One axis of layers, as all that is scanned has: each has a copy.
+      a = _padded(jnp.broadcast_to(shared[0][:k, :rank], shape_a), ranks, -1)
+      b = _padded(jnp.broadcast_to(shared[1][:rank, :n], shape_b), ranks, -2)
+      fixed |= {f"{layer}/lora_a": a, f"{layer}/lora_b": b}
+      d = jnp.full((*leading, rank), _VERA_D, jnp.float32)
+      params[f"{layer}/vera_d"] = _padded(d, ranks, -1)
+      params[f"{layer}/vera_b"] = jnp.zeros((*leading, n), jnp.float32)
+    elif cfg.variant == "lora_xs":
+      a, b = _singular_vectors(own, base_weight(frozen, path), ranks, cfg.svd_iterations)
+      fixed |= {f"{layer}/lora_a": a, f"{layer}/lora_b": b}
+      core = _CORE * jax.random.normal(own, (*leading, rank, rank), jnp.float32)
+      params[f"{layer}/core"] = _padded(_padded(core, ranks, -1), ranks, -2)
+    elif is_lookup(path):
+      b = _padded(jax.random.normal(own, shape_b, jnp.float32), ranks, -2)
+      params |= {f"{layer}/lora_a": jnp.zeros(shape_a, jnp.float32), f"{layer}/lora_b": b}
     else:
       bound = 1 / math.sqrt(k)
-      a = _padded(jax.random.uniform(path_key, shape_a, jnp.float32, -bound, bound), ranks, -1)
-      b = jnp.zeros(shape_b, jnp.float32)
-    params |= {f"{layer}/lora_a": a, f"{layer}/lora_b": b}
+      a = _padded(jax.random.uniform(own, shape_a, jnp.float32, -bound, bound), ranks, -1)
+      params |= {f"{layer}/lora_a": a, f"{layer}/lora_b": jnp.zeros(shape_b, jnp.float32)}
     if cfg.lora_bias:
       params[f"{layer}/lora_bias"] = jnp.zeros((*leading, n), jnp.float32)
-    if cfg.use_dora:
+    if cfg.variant == "dora":
       # A copy: a step that is given params to overwrite must not take the constant with it.
       params[f"{layer}/magnitude"] = jnp.array(fixed[f"{layer}/weight_norm"], copy=True)
   flat = tree_paths.leaves(frozen, is_leaf=is_quantized)
@@ -183,6 +283,44 @@ def init(key: jax.Array, frozen: Any, cfg: LoRAConfig) -> tuple[dict, dict]:
     w = dequantize(w) if is_quantized(w) else w
     params[path] = jnp.array(w, jnp.float32, copy=True)
   return tree_paths.nest(params), tree_paths.nest(fixed)
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+  """The key of a weight's draw."""
+  # crc32, not hash(): Python's differs from process to process.
+  return jax.random.fold_in(key, np.uint32(zlib.crc32(module(path).encode())))
+
+
+def _vera_matrices(key: jax.Array, planned: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+  """A `[K, r]` and B `[r, N]` of the largest K, r and N among the targets."""
+  k = max(leaf.shape[-2] for leaf, *_ in planned.values())
+  n = max(leaf.shape[-1] for leaf, *_ in planned.values())
+  rank = max(max(ranks) for _, ranks, _ in planned.values())
+  key_a, key_b = jax.random.split(key)
+  bound_a, bound_b = math.sqrt(6 / k), math.sqrt(6 / rank)
+  a = jax.random.uniform(key_a, (k, rank), jnp.float32, -bound_a, bound_a)
+  return a, jax.random.uniform(key_b, (rank, n), jnp.float32, -bound_b, bound_b)
+
+
+def _singular_vectors(
+  key: jax.Array, w: Any, ranks: list[int], svd_iterations: int | None
+) -> tuple[jax.Array, jax.Array]:
+  """LoRA-XS's A and B of a weight, one layer at a time; zeros beyond each layer's rank."""
+  a, b = [], []
+  for layer in range(w.shape[0]) if w.ndim > 2 else [()]:
+    u, s, v = truncated_svd(dense_part(w, layer), max(ranks), key, svd_iterations)
+    a.append(u)
+    b.append(s[:, None] * v.T)
+  if w.ndim == 2:
+    return a[0], b[0]
+  return _padded(jnp.stack(a), ranks, -1), _padded(jnp.stack(b), ranks, -2)
+
+
+def dense_part(w: Any, index: Any) -> jax.Array:
+  """The matrix of a leaf of a base at `index` of its leading axes, dense, float32."""
+  if is_quantized(w):
+    return dequantize(jax.tree.map(lambda x: x[index], w))
+  return jnp.asarray(w[index], jnp.float32)
 
 
 def _padded(x: jax.Array, ranks: list[int], axis: int) -> jax.Array:
@@ -201,14 +339,15 @@ def constants(frozen: Any, cfg: LoRAConfig) -> dict:
   Returns:
     Nested dicts: below each target's layer `scaling` (float32), `rank` (int32), where cfg.dropout
     > 0 (and not of a lookup) `dropout`, each `[L]` in a stack, else `[]`; for DoRA `weight_norm`,
-    ‖W‖ `[..., N]`, 0 in layers of a stack that are no target.
+    ‖W‖ `[..., N]`, 0 in layers of a stack that are no target. (VeRA's and LoRA-XS's matrices
+    need a key: `init` adds them.)
 
   Raises:
     ValueError: see `init`.
   """
   _saved(frozen, cfg)
   fixed = {}
-  for path, (_, ranks, scalings) in _plan(frozen, cfg).items():
+  for path, (_, ranks, scalings) in plan(frozen, cfg).items():
     values = {
       "scaling": np.asarray(scalings, np.float32),
       "rank": np.asarray(ranks, np.int32),
@@ -218,7 +357,7 @@ def constants(frozen: Any, cfg: LoRAConfig) -> dict:
     stacked = tree_paths.is_stacked(path)
     for name, value in values.items():
       fixed[f"{module(path)}/{name}"] = jnp.asarray(value if stacked else value[0])
-    if cfg.use_dora:
+    if cfg.variant == "dora":
       norm = _norm(base_weight(frozen, path))
       if 0 in ranks:
         targeted = np.reshape(np.asarray(ranks) > 0, (-1, *[1] * (norm.ndim - 1)))
@@ -280,14 +419,14 @@ def _saved(frozen: Any, cfg: LoRAConfig) -> list[str]:
     if not hit:
       everything = [layer for own in layers.values() for layer in own]
       raise ValueError(f"lora.modules_to_save: {tree_paths.no_match(pattern, everything)}")
-  targeted = _plan(frozen, cfg)
+  targeted = plan(frozen, cfg)
   for path in saved:
     if path in targeted:
       raise ValueError(
         f"lora.modules_to_save: {module(path)}: a target too; a weight is trained in full or has "
         "an adapter"
       )
-  if cfg.use_dora and TABLE in saved and HEAD in targeted and is_tied(frozen):
+  if cfg.variant == "dora" and TABLE in saved and HEAD in targeted and is_tied(frozen):
     raise ValueError(
       f"lora.modules_to_save: {module(TABLE)}: the head is tied to it and has a DoRA adapter, "
       "which needs a weight that stays as it is"
@@ -299,8 +438,12 @@ def _matches(pattern: str, path: str) -> bool:
   return tree_paths.matches(pattern, path) or tree_paths.matches(pattern, module(path))
 
 
-def _plan(frozen: Any, cfg: LoRAConfig) -> dict[str, tuple[Any, list[int], list[float]]]:
-  """By path of the weight: its shape, each layer's rank (0 where untargeted) and scaling."""
+def plan(frozen: Any, cfg: LoRAConfig) -> dict[str, tuple[Any, list[int], list[float]]]:
+  """By path of the weight: the leaf, each layer's rank (0 where untargeted) and scaling.
+
+  Raises:
+    ValueError: see `init`.
+  """
   flat = weights(frozen)
   virtual = {
     path: tree_paths.layers(path, leaf)
@@ -325,14 +468,23 @@ def _plan(frozen: Any, cfg: LoRAConfig) -> dict[str, tuple[Any, list[int], list[
       if not any(_matches(pattern, layer) for layer in targeted):
         raise ValueError(f"lora.{field}: {tree_paths.no_match(pattern, targeted)}")
   for layer in targeted:
-    for field in ("use_dora", "lora_bias"):
-      if is_lookup(layer) and getattr(cfg, field):
-        raise ValueError(f"lora.{field}: True; {module(layer)}, a lookup, takes plain LoRA only")
+    for field, plain in (("variant", "lora"), ("init", "lora"), ("lora_bias", False)):
+      value = getattr(cfg, field)
+      if is_lookup(layer) and value != plain:
+        raise ValueError(
+          f"lora.{field}: {value!r}; {module(layer)}, a lookup, takes plain LoRA only"
+        )
+    if cfg.changes_base and layer == HEAD and is_tied(frozen):
+      raise ValueError(
+        f"lora.init: {cfg.init!r} changes the base; {module(layer)} is tied to the token table"
+      )
 
-  plan = {}
+  planned = {}
   for path, own in virtual.items():
     if not targeted.intersection(own):
       continue
+    if cfg.has_fixed_matrices and flat[path].ndim - tree_paths.is_stacked(path) > 2:
+      raise ValueError(f"lora.variant: {cfg.variant!r}; {module(path)}: experts take plain LoRA")
     ranks, scalings = [], []
     for layer in own:
       if layer not in targeted:
@@ -342,15 +494,16 @@ def _plan(frozen: Any, cfg: LoRAConfig) -> dict[str, tuple[Any, list[int], list[
       rank = _by_pattern("rank_pattern", cfg.rank_pattern, layer, cfg.rank)
       alpha = _by_pattern("alpha_pattern", cfg.alpha_pattern, layer, cfg.alpha)
       limit = min(flat[path].shape[-2:])
-      if rank > limit:
+      # VeRA's are long vectors, no small factors.
+      if rank > limit and cfg.variant != "vera":
         raise ValueError(
           f"{module(layer)}: rank {rank}; at most min(K, N) = {limit} of its weight "
           f"{list(flat[path].shape[-2:])}"
         )
       ranks.append(rank)
       scalings.append(cfg.scaling(rank, alpha))
-    plan[path] = (flat[path], ranks, scalings)
-  return plan
+    planned[path] = (flat[path], ranks, scalings)
+  return planned
 
 
 def _by_pattern(field: str, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -362,6 +515,34 @@ def _by_pattern(field: str, patterns: Mapping[str, Any], path: str, default: Any
         f"{other!r} says {patterns[other]}"
       )
   return patterns[hits[0]] if hits else default
+
+
+def factors(own: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array] | None:
+  """A `[..., K, r]` and B `[..., r, N]` of an adapter of any variant; None where there is none.
+
+  Args:
+    own: what params and constants have at the layer's path, by name.
+  """
+  if "lora_a" not in own or "lora_b" not in own:
+    return None
+  a, b = own["lora_a"], own["lora_b"]
+  if "core" in own:
+    b = jnp.matmul(own["core"], b, precision=jax.lax.Precision.HIGHEST)
+  if "vera_d" in own:
+    b = own["vera_d"][..., :, None] * b * own["vera_b"][..., None, :]
+  return a, b
+
+
+def factors_at(layer: str, params: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:
+  """`factors` of the layer at a path, from the leaves of the two trees by path."""
+  return factors(
+    {
+      name: flat[f"{layer}/{name}"]
+      for flat in (constants, params)
+      for name in FACTORS
+      if f"{layer}/{name}" in flat
+    }
+  )
 
 
 def apply(
@@ -387,7 +568,8 @@ def apply(
   if key is not None and dropout is not None:
     kept = jax.random.uniform(key, x.shape, jnp.float32) >= dropout
     x = jnp.where(kept, x / (1 - dropout).astype(x.dtype), 0)
-  return _expand(jnp.matmul(x, a.astype(x.dtype)), b, scaling, x.dtype)
+  low_rank = checkpoint_name(jnp.matmul(x, a.astype(x.dtype)), LOW_RANK)
+  return _expand(low_rank, b, scaling, x.dtype)
 
 
 def apply_lookup(
@@ -495,9 +677,10 @@ def merge(
       bias = full[f"{layer}/lora_bias"].astype(jnp.float32)
       w = w.astype(jnp.float32) + _leading(fixed[f"{layer}/scaling"], bias) * bias
     layer = module(path)
-    if f"{layer}/lora_a" in full and w.ndim >= 2:
-      used.update((f"{layer}/lora_a", f"{layer}/lora_b"))
-      a, b = (full[f"{layer}/{name}"].astype(jnp.float32) for name in ("lora_a", "lora_b"))
+    pair = factors_at(layer, full, fixed) if w.ndim >= 2 else None
+    if pair is not None:
+      used.update(f"{layer}/{name}" for name in FACTORS)
+      a, b = (x.astype(jnp.float32) for x in pair)
       delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
       scaling = fixed[f"{layer}/scaling"]
       w = w.astype(jnp.float32) + _leading(scaling, delta) * delta
@@ -511,7 +694,7 @@ def merge(
   merged = jax.tree_util.tree_map_with_path(
     lambda path, w: merged_leaf(tree_paths.path_string(path), w), frozen, is_leaf=is_quantized
   )
-  own = {HEAD, *(f"{module(HEAD)}/{name}" for name in ("lora_a", "lora_bias"))}
+  own = {HEAD, *(f"{module(HEAD)}/{name}" for name in (*FACTORS, "lora_bias"))}
   tied = is_tied(frozen) if tied is None else tied
   if tied and not full.keys().isdisjoint(own | {f"{module(TABLE)}/lora_a"}):
     table = full.get(TABLE, tree_paths.leaves(frozen)[TABLE])
@@ -528,20 +711,116 @@ def _leading(x: jax.Array, like: jax.Array) -> jax.Array:
   return x.reshape(*x.shape, *[1] * (like.ndim - x.ndim))
 
 
+def plain(
+  params: Any, constants: Any, cfg: LoRAConfig, initial: Any = None
+) -> tuple[dict, dict, LoRAConfig]:
+  """An adapter of any variant and init as a LoRA (or DoRA) adapter of the original base.
+
+  VeRA's and LoRA-XS's factors are multiplied out, at the same rank. What was trained from A₀, B₀
+  that had been taken out of the base becomes [A, A₀], [B; −B₀] at the same scaling: the change
+  s · (A · B − A₀ · B₀), of twice the rank (at most min(K, N)).
+
+  On the original dense base W that change is exact: where the base was W − s · A₀ · B₀ without
+  rounding, the function is the same. Where it was q(W − s · A₀ · B₀), that function differs by the
+  rounding q(x) − x, which the adapter does not hold: nor does it hold LoftQ's correction of it.
+
+  Args:
+    params, constants, cfg: as `init` or `lora_init.initialize` made them, trained.
+    initial: the params before training, where cfg's init changes the base; else None.
+
+  Returns:
+    (params, constants, cfg), with variant "lora" or "dora" and init "lora".
+
+  Raises:
+    ValueError: `initial` where there should be none, or the other way about.
+  """
+  if cfg.changes_base and initial is None:
+    raise ValueError(
+      f"lora.init: {cfg.init!r} changed the base: `initial`, the params before training, is needed "
+      "for an adapter of the original one"
+    )
+  if initial is not None and not cfg.changes_base:
+    raise ValueError(f"initial: given, and lora.init {cfg.init!r} left the base as it is")
+  if not (cfg.changes_base or cfg.has_fixed_matrices):
+    return params, constants, cfg
+  flat, fixed = tree_paths.leaves(params), tree_paths.leaves(constants)
+  start = tree_paths.leaves({} if initial is None else initial)
+  new, new_fixed = dict(flat), dict(fixed)
+  for leaf in fixed:
+    layer, _, name = leaf.rpartition("/")
+    if name != "scaling":
+      continue
+    pair = factors_at(layer, flat, fixed)
+    assert pair is not None, layer
+    for each in FACTORS:
+      new.pop(f"{layer}/{each}", None)
+      new_fixed.pop(f"{layer}/{each}", None)
+    pairs = [pair]
+    if cfg.changes_base:
+      pairs.append((start[f"{layer}/lora_a"], -start[f"{layer}/lora_b"]))
+    a, b, ranks = _side_by_side(pairs, np.asarray(fixed[f"{layer}/rank"]))
+    new |= {f"{layer}/lora_a": a, f"{layer}/lora_b": b}
+    new_fixed[f"{layer}/rank"] = ranks
+  if cfg.changes_base:
+    # The scaling stays: alpha / r or alpha / √r.
+    more = math.sqrt(2) if cfg.rank_stabilized else 2
+    cfg = dataclasses.replace(
+      cfg,
+      init="lora",
+      rank=2 * cfg.rank,
+      alpha=more * cfg.alpha,
+      rank_pattern={pattern: 2 * rank for pattern, rank in cfg.rank_pattern.items()},
+      alpha_pattern={pattern: more * alpha for pattern, alpha in cfg.alpha_pattern.items()},
+    )
+  elif cfg.variant == "vera":
+    # Its scaling is 1, which is alpha / r or alpha / √r of no one alpha where ranks differ.
+    cfg = dataclasses.replace(cfg, variant="lora", alpha=float(cfg.rank), rank_stabilized=False)
+  else:
+    cfg = dataclasses.replace(cfg, variant="lora")
+  return tree_paths.nest(new), tree_paths.nest(new_fixed), cfg
+
+
+def _side_by_side(
+  pairs: list[tuple[Any, Any]], ranks: np.ndarray
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Pairs of A `[..., K, r]` and B `[..., r, N]` as one of A · B summed over them, and its ranks.
+
+  Args:
+    ranks: `[L]` or `[]`, of each pair: what lies beyond is padding, and is not taken along.
+  """
+  leading, (k, n) = np.shape(pairs[0][0])[:-2], (np.shape(pairs[0][i])[i - 2] for i in (0, 1))
+  limit = min(k, n)
+  total = np.minimum(len(pairs) * ranks, limit)
+  a = np.zeros((*leading, k, total.max()), np.float32)
+  b = np.zeros((*leading, total.max(), n), np.float32)
+  host = [(np.asarray(own_a, np.float32), np.asarray(own_b, np.float32)) for own_a, own_b in pairs]
+  for index in np.ndindex(*leading):
+    rank = int(ranks[index[: ranks.ndim]])
+    own_a = np.concatenate([each[index][:, :rank] for each, _ in host], axis=1)
+    own_b = np.concatenate([each[index][:rank] for _, each in host], axis=0)
+    if own_a.shape[1] > limit:
+      # As a product with the identity, which is as small as it gets.
+      whole, one = own_a @ own_b, np.eye(limit, dtype=np.float32)
+      own_a, own_b = (one, whole) if k <= n else (whole, one)
+    a[index][:, : own_a.shape[1]] = own_a
+    b[index][: own_b.shape[0]] = own_b
+  return jnp.asarray(a), jnp.asarray(b), jnp.asarray(total.astype(np.int32))
+
+
 def count(params: Any, constants: Any) -> int:
   """Trained parameters, the padding of unequal ranks not counted."""
   total = 0
   ranks = tree_paths.leaves(constants)
   for path, leaf in tree_paths.leaves(params).items():
     layer, _, name = path.rpartition("/")
-    if name not in ("lora_a", "lora_b", "lora_bias", "magnitude"):
+    # How many axes of a leaf are as long as the rank; of the others the layers' targets count.
+    axes = {"lora_a": 1, "lora_b": 1, "vera_d": 1, "core": 2}.get(name, 0)
+    if axes == 0 and name not in ("lora_bias", "magnitude", "vera_b"):
       total += leaf.size
       continue
     rank = np.asarray(ranks[f"{layer}/rank"])
-    if name in ("lora_a", "lora_b"):
-      padded = leaf.shape[-1] if name == "lora_a" else leaf.shape[-2]
-      # leaf.size counts padded columns of every layer: replace them by the layers' own.
-      total += leaf.size // (padded * rank.size) * int(rank.sum())
-    else:
-      total += leaf.size // rank.size * int((rank > 0).sum())
+    padded = leaf.shape[-2] if name == "lora_b" else leaf.shape[-1]
+    # leaf.size counts the padding of every layer: replace it by the layers' own.
+    used = (rank**axes).sum() if axes else (rank > 0).sum()
+    total += leaf.size // ((padded**axes) * rank.size) * int(used)
   return total

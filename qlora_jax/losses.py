@@ -1,13 +1,20 @@
 """Cross entropy as a sum over tokens, taken in chunks so that all logits never exist at once."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+# `(trained, fixed, hidden [n, D]) → [n, V]` float32.
+Head = Callable[[Any, Any, jax.Array], jax.Array]
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-  """−Σ mask · log softmax(logits)[target], a float32 sum in nats.
+
+def cross_entropy(
+  logits: jax.Array, targets: jax.Array, mask: jax.Array, z_loss: float = 0.0
+) -> jax.Array:
+  """Σ mask · (−log softmax(logits)[target] + z · (log Σ exp logits)²), a float32 sum in nats.
 
   A sum, not a mean: batches of unequal token counts add up exactly, and whoever knows the
   global count divides by it once.
@@ -16,41 +23,89 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax
     logits: `[..., V]` float32.
     targets: `[...]` int32 ids.
     mask: `[...]` bool; False where the prediction does not count.
+    z_loss: z, which keeps the sums of exponentials near 1 (Chowdhery et al., PaLM, 2022,
+      https://arxiv.org/abs/2204.02311, section 5).
   """
   picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-  return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0).sum()
+  total = jax.nn.logsumexp(logits, axis=-1)
+  loss = total - picked
+  if z_loss:
+    loss = loss + z_loss * jnp.square(total)
+  return jnp.where(mask, loss, 0).sum()
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def chunked_cross_entropy(
-  logits: Callable[[jax.Array], jax.Array],
+  head: Head,
+  chunk: int,
+  z_loss: float,
+  trained: Any,
+  fixed: Any,
   hidden: jax.Array,
   targets: jax.Array,
   mask: jax.Array,
-  chunk: int,
 ) -> jax.Array:
-  """`cross_entropy(logits(hidden), …)` holding the logits of `chunk` tokens at a time.
+  """`cross_entropy(head(trained, fixed, hidden), …)`, holding the logits of `chunk` tokens at once.
 
-  The backward pass computes each chunk's logits again, for `chunk · V` floats of memory in
-  place of `B · T · V`.
+  Differentiated, each chunk's gradient is taken while its logits are there: two products with the
+  head in place of the three that computing them again would take. What is kept for the backward
+  pass is the gradient of `hidden`, `[..., D]`, and of `trained`.
 
   Args:
-    logits: the head, `[n, D] → [n, V]` float32. What it closes over is differentiated.
-    hidden: `[..., D]`. targets, mask: `[...]`.
+    head: a function of its arguments alone: what it closed over would have no gradient.
     chunk: tokens; the last chunk is filled up with masked ones.
+    z_loss: see `cross_entropy`.
+    trained: a pytree of floats that has a gradient. fixed: any pytree; it has none.
+    hidden: `[..., D]`. targets, mask: `[...]`.
   """
-  hidden = hidden.reshape(-1, hidden.shape[-1])
-  targets, mask = targets.reshape(-1), mask.reshape(-1)
-  tokens = len(targets)
-  chunk = min(chunk, tokens)
-  padding = -tokens % chunk
-  hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, chunk, hidden.shape[-1])
-  targets = jnp.pad(targets, (0, padding)).reshape(-1, chunk)
-  mask = jnp.pad(mask, (0, padding)).reshape(-1, chunk)
 
-  @jax.checkpoint
   def step(total, part):
     hidden, targets, mask = part
-    return total + cross_entropy(logits(hidden), targets, mask), None
+    return total + cross_entropy(head(trained, fixed, hidden), targets, mask, z_loss), None
 
-  total, _ = jax.lax.scan(step, jnp.zeros((), jnp.float32), (hidden, targets, mask))
-  return total
+  parts = _chunks(chunk, hidden, targets, mask)
+  return jax.lax.scan(step, jnp.zeros((), jnp.float32), parts)[0]
+
+
+def _chunks(chunk: int, hidden, targets, mask) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`[n, chunk, D]`, `[n, chunk]`, `[n, chunk]`; what fills them up is masked."""
+  tokens = targets.size
+  chunk = min(chunk, tokens)
+
+  def cut(x: jax.Array) -> jax.Array:
+    x = x.reshape(tokens, *x.shape[targets.ndim :])
+    x = jnp.pad(x, [(0, -tokens % chunk), *[(0, 0)] * (x.ndim - 1)])
+    return x.reshape(-1, chunk, *x.shape[1:])
+
+  return cut(hidden), cut(targets), cut(mask)
+
+
+def _forward(head, chunk, z_loss, trained, fixed, hidden, targets, mask):
+  def step(sums, part):
+    states, targets, mask = part
+
+    def loss(trained, states):
+      return cross_entropy(head(trained, fixed, states), targets, mask, z_loss)
+
+    value, (of_trained, of_states) = jax.value_and_grad(loss, argnums=(0, 1))(trained, states)
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, (value, of_trained)), of_states
+
+  sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.zeros(()), trained))
+  (total, of_trained), of_hidden = jax.lax.scan(step, sums, _chunks(chunk, hidden, targets, mask))
+  of_trained = jax.tree.map(lambda x, y: x.astype(y.dtype), of_trained, trained)
+  of_hidden = of_hidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
+  return total, (of_trained, of_hidden)
+
+
+def _backward(head, chunk, z_loss, gradients, g):
+  del head, chunk, z_loss
+
+  def scaled(x: jax.Array) -> jax.Array:
+    # In float32: g rounded to 16 bits would be an error of the same sign everywhere.
+    return (x.astype(jnp.float32) * g).astype(x.dtype)
+
+  of_trained, of_hidden = jax.tree.map(scaled, gradients)
+  return of_trained, None, of_hidden, None, None
+
+
+chunked_cross_entropy.defvjp(_forward, _backward)

@@ -1,5 +1,8 @@
 """The Optax optimizer of a config. It only ever sees the adapters."""
 
+from typing import Any
+
+import jax
 import optax
 
 from qlora_jax.config import OptimizerConfig
@@ -24,10 +27,36 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """AdamW with clipping by the global norm, for `steps` optimizer steps."""
+  """AdamW with clipping by the global norm, for `steps` optimizer steps.
+
+  LoRA+ multiplies B's whole update, of its weight decay too, as a group of its own with that
+  learning rate would: Hayou et al., LoRA+, 2024, https://arxiv.org/abs/2402.12354.
+  """
   adamw = optax.adamw(
     schedule(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay
   )
-  if cfg.clip_norm is None:
-    return adamw
-  return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adamw)
+  parts = [] if cfg.clip_norm is None else [optax.clip_by_global_norm(cfg.clip_norm)]
+  parts.append(adamw)
+  if cfg.lora_plus_ratio != 1:
+    parts.append(_faster_b(cfg.lora_plus_ratio))
+  return optax.chain(*parts) if len(parts) > 1 else adamw
+
+
+def _faster_b(ratio: float) -> optax.GradientTransformation:
+  """Multiplies the updates of B and of its bias."""
+
+  def update(updates: Any, params: Any = None) -> Any:
+    del params
+    flat, tree = jax.tree_util.tree_flatten_with_path(updates)
+    names = [jax.tree_util.keystr(path[-1:], simple=True) for path, _ in flat]
+    if "lora_b" not in names:
+      raise ValueError(
+        f"optimizer.lora_plus_ratio: {ratio}; nothing that is trained is a lora_b, as it is of "
+        "lora.variant lora and dora: set it to 1"
+      )
+    return tree.unflatten(
+      ratio * u if name in ("lora_b", "lora_bias") else u
+      for name, (_, u) in zip(names, flat, strict=True)
+    )
+
+  return optax.stateless(update)

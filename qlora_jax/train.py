@@ -7,6 +7,7 @@ was killed goes on to the same numbers.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -101,12 +102,17 @@ def init_state(
   )
 
 
+def _head(model: Transformer, trained: Any, fixed: Mapping[str, Any], hidden: jax.Array) -> Any:
+  return model.apply({**fixed, "params": trained}, hidden, method="logits")
+
+
 def batch_loss(
   model: Transformer,
   variables: Mapping[str, Any],
   batch: Batch,
   loss_chunk: int,
   dropout_key: jax.Array | None = None,
+  z_loss: float = 0.0,
 ) -> jax.Array:
   """The summed cross entropy of a `[B, T]` batch, in nats.
 
@@ -114,6 +120,7 @@ def batch_loss(
     batch: `tokens`, `targets`, `loss_mask`, and `segment_ids` and `positions` where rows hold
       several documents.
     loss_chunk: tokens whose logits exist at once.
+    z_loss: see `losses.cross_entropy`.
   """
   hidden: Any = model.apply(
     variables,
@@ -123,11 +130,21 @@ def batch_loss(
     method="hidden",
     rngs=None if dropout_key is None else {"dropout": dropout_key},
   )
-
-  def logits(hidden) -> Any:
-    return model.apply(variables, hidden, method="logits")
-
-  return chunked_cross_entropy(logits, hidden, batch["targets"], batch["loss_mask"], loss_chunk)
+  # What the head reads: its own, and the table that it may be tied to.
+  read = {
+    collection: {name: tree[name] for name in ("embed", "head") if name in tree}
+    for collection, tree in variables.items()
+  }
+  return chunked_cross_entropy(
+    functools.partial(_head, model),
+    loss_chunk,
+    z_loss,
+    read.pop("params"),
+    read,
+    hidden,
+    batch["targets"],
+    batch["loss_mask"],
+  )
 
 
 def make_train_step(

@@ -76,7 +76,7 @@ def test_golden(shared, pack):
   _, constants = lora.init(
     jax.random.key(0),
     {"q": {"kernel": kernel}},
-    LoRAConfig(rank=8, alpha=8 * float(golden["dora.scaling"]), targets=("q",), use_dora=True),
+    LoRAConfig(rank=8, alpha=8 * float(golden["dora.scaling"]), targets=("q",), variant="dora"),
   )
   constants = constants["q"]
   np.testing.assert_allclose(
@@ -109,9 +109,9 @@ def test_golden(shared, pack):
 # The layer.
 
 CASES = {
-  "dora": LoRAConfig(rank=R, targets=("q",), use_dora=True),
+  "dora": LoRAConfig(rank=R, targets=("q",), variant="dora"),
   "bias": LoRAConfig(rank=R, targets=("q",), lora_bias=True),
-  "dora and bias": LoRAConfig(rank=R, targets=("q",), use_dora=True, lora_bias=True),
+  "dora and bias": LoRAConfig(rank=R, targets=("q",), variant="dora", lora_bias=True),
 }
 
 
@@ -224,7 +224,7 @@ STACKED = LoRAConfig(
   rank=R,
   targets=("layers/[02]/up", "*/down"),
   rank_pattern={"layers/2/up": 2},
-  use_dora=True,
+  variant="dora",
   lora_bias=True,
 )
 
@@ -309,7 +309,7 @@ def test_scan_and_merge_agree_and_untargeted_layers_stay():
 def test_experts_have_magnitudes_of_their_own():
   w = normal(0, L, 2, K, N)
   frozen = {"layers": {"experts": {"kernel": quantize(w)}}}
-  cfg = LoRAConfig(rank=R, targets=("*/experts",), use_dora=True)
+  cfg = LoRAConfig(rank=R, targets=("*/experts",), variant="dora")
   params, constants = adapter(frozen, cfg)
   own, fixed = params["layers"]["experts"], constants["layers"]["experts"]
   assert own["magnitude"].shape == fixed["weight_norm"].shape == (L, 2, N)
@@ -324,7 +324,7 @@ def test_experts_have_magnitudes_of_their_own():
 
 def test_a_tied_head():
   frozen = {"embed": {"embedding": normal(0, N, K)}}
-  cfg = LoRAConfig(rank=R, targets=("head",), use_dora=True)
+  cfg = LoRAConfig(rank=R, targets=("head",), variant="dora")
   params, constants = adapter(frozen, cfg)
   x = normal(7, 5, K)
   variables = {"params": params["head"], "constants": constants["head"]}

@@ -450,7 +450,7 @@ def test_merge_of_a_tied_table_trained_in_full():
   np.testing.assert_allclose(merged["head"]["kernel"], expected, rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(merged["embed"]["embedding"], params["embed"]["embedding"])
   with pytest.raises(ValueError, match=r"lora.modules_to_save: embed: the head is tied to it and"):
-    lora.init(jax.random.key(0), frozen, dataclasses.replace(cfg, use_dora=True))
+    lora.init(jax.random.key(0), frozen, dataclasses.replace(cfg, variant="dora"))
 
 
 # Weights trained in full
@@ -542,8 +542,8 @@ def test_impossible_configs(kwargs, message):
     (dict(targets=("*/norm/*",)), ["'*/norm/*' matches no weight"]),
     (dict(targets=("embed/*",)), ["'embed/*' matches no weight"]),
     (
-      dict(targets=("embed",), use_dora=True),
-      ["lora.use_dora: True; embed, a lookup, takes plain"],
+      dict(targets=("embed",), variant="dora"),
+      ["lora.variant: 'dora'; embed, a lookup, takes plain"],
     ),
     (
       dict(targets=("embed",), lora_bias=True),

@@ -21,6 +21,16 @@ def case():
   return hidden, head, targets, mask
 
 
+def chunked(hidden, head, targets, mask, chunk, z_loss=0.0):
+  """With a head `[D, V]` that is trained."""
+
+  def logits(head, fixed, hidden):
+    del fixed
+    return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+
+  return chunked_cross_entropy(logits, chunk, z_loss, head, (), hidden, targets, mask)
+
+
 def oracle(hidden, head, targets, mask) -> float:
   logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
   logits -= logits.max(-1, keepdims=True)
@@ -42,21 +52,43 @@ def test_chunks_change_neither_value_nor_gradients(case, chunk):
   def whole(hidden, head):
     return cross_entropy(hidden @ head, targets, mask)
 
-  def chunked(hidden, head):
-    return chunked_cross_entropy(lambda h: h @ head, hidden, targets, mask, chunk)
-
-  value, grads = jax.value_and_grad(chunked, (0, 1))(hidden, head)
+  value, grads = jax.value_and_grad(chunked, (0, 1))(hidden, head, targets, mask, chunk)
+  assert chunked(hidden, head, targets, mask, chunk) == value
   expected, expected_grads = jax.value_and_grad(whole, (0, 1))(hidden, head)
   np.testing.assert_allclose(value, expected, rtol=1e-6)
   for grad, expected_grad in zip(grads, expected_grads, strict=True):
     np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-6)
 
 
+def test_z_loss(case):
+  hidden, head, targets, mask = case
+
+  def whole(hidden, head):
+    totals = jax.nn.logsumexp(hidden @ head, axis=-1)
+    return cross_entropy(hidden @ head, targets, mask) + 0.1 * jnp.where(mask, totals**2, 0).sum()
+
+  value, grads = jax.value_and_grad(chunked, (0, 1))(hidden, head, targets, mask, 5, 0.1)
+  expected, expected_grads = jax.value_and_grad(whole, (0, 1))(hidden, head)
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  for grad, expected_grad in zip(grads, expected_grads, strict=True):
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_scaled_as_the_loss_is(case):
+  hidden, head, targets, mask = case
+
+  def gradients(scale):
+    return jax.grad(lambda x, y: scale * chunked(x, y, targets, mask, 5), (0, 1))(hidden, head)
+
+  for grad, doubled in zip(gradients(1.0), gradients(2.0), strict=True):
+    np.testing.assert_array_equal(2 * grad, doubled)
+
+
 def test_no_targets_is_zero_and_finite(case):
   hidden, head, targets, mask = case
-  value, grad = jax.value_and_grad(
-    lambda h: chunked_cross_entropy(lambda x: x @ head, h, targets, jnp.zeros_like(mask), 7)
-  )(hidden)
+  value, grad = jax.value_and_grad(lambda h: chunked(h, head, targets, jnp.zeros_like(mask), 7))(
+    hidden
+  )
   assert value == 0
   assert not grad.any()
 
@@ -66,10 +98,7 @@ def test_bfloat16_hidden_states_under_strict_promotion(case):
   hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
 
   def loss(hidden, head):
-    def logits(h):
-      return jnp.matmul(h, head, preferred_element_type=jnp.float32)
-
-    return chunked_cross_entropy(logits, hidden, targets, mask, 5)
+    return chunked(hidden, head, targets, mask, 5)
 
   with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
     value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
@@ -83,7 +112,7 @@ def test_targets_that_do_not_count_may_be_anything(case, ignored):
   hidden, head, targets, mask = case
 
   def loss(hidden, targets):
-    return chunked_cross_entropy(lambda h: h @ head, hidden, targets, mask, 7)
+    return chunked(hidden, head, targets, mask, 7)
 
   value, grad = jax.value_and_grad(loss)(hidden, jnp.where(mask, targets, ignored))
   expected, expected_grad = jax.value_and_grad(loss)(hidden, targets)
@@ -110,7 +139,7 @@ def test_no_result_of_the_program_has_the_size_of_all_logits(case):
 
   def largest(chunk: int) -> int:
     def loss(hidden, head):
-      return chunked_cross_entropy(lambda h: h @ head, hidden, targets, mask, chunk)
+      return chunked(hidden, head, targets, mask, chunk)
 
     program = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, head).jaxpr
     return max(math.prod(shape) for shape in shapes_in(program))
@@ -125,7 +154,7 @@ def test_logits_of_all_tokens_never_exist():
 
   def temporaries(chunk: int) -> int:
     def loss(hidden, head):
-      return chunked_cross_entropy(lambda h: h @ head, hidden, targets, mask, chunk)
+      return chunked(hidden, head, targets, mask, chunk)
 
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 16), (16, vocabulary))]
     compiled = jax.jit(jax.grad(loss)).lower(*shapes).compile()

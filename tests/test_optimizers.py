@@ -64,3 +64,40 @@ def test_adamw_follows_its_equations(clip_norm):
     update = (m / (1 - 0.8**step)) / (np.sqrt(v / (1 - 0.9**step)) + 1e-8)
     p = p - 0.1 * (1 - (step - 1) / 10) * (update + 0.01 * p)
   np.testing.assert_allclose(np.concatenate([params["a"], params["b"]]), p, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_lora_plus_is_adamw_with_a_rate_of_its_own_for_b(clip_norm):
+  fields: Any = {"weight_decay": 0.1, "schedule": "linear", "clip_norm": clip_norm}
+  plus = optimizers.make(OptimizerConfig(learning_rate=0.01, lora_plus_ratio=16, **fields), 10)
+  slow, fast = (
+    optimizers.make(OptimizerConfig(learning_rate=rate, **fields), 10) for rate in (0.01, 0.16)
+  )
+
+  def trained(optimizer) -> Any:
+    params: Any = {"q": {"lora_a": jnp.ones(3), "lora_b": -jnp.ones(2), "lora_bias": jnp.ones(2)}}
+    params["norm"] = {"scale": jnp.ones(3)}
+    start, state = params, optimizer.init(params)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+      grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), start)
+      updates, state = optimizer.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    return params
+
+  found, by_a, by_b = trained(plus), trained(slow), trained(fast)
+  for layer, name, expected in (
+    ("q", "lora_a", by_a),
+    ("norm", "scale", by_a),
+    ("q", "lora_b", by_b),
+    ("q", "lora_bias", by_b),
+  ):
+    np.testing.assert_allclose(found[layer][name], expected[layer][name], rtol=1e-5)
+  assert np.abs(np.asarray(by_a["q"]["lora_b"] - by_b["q"]["lora_b"])).max() > 0.1
+
+
+def test_lora_plus_asks_for_a_b():
+  optimizer = optimizers.make(OptimizerConfig(lora_plus_ratio=2.0), 10)
+  params: Any = {"q": {"vera_d": jnp.ones(3)}}
+  with pytest.raises(ValueError, match=r"lora_plus_ratio: 2\.0; nothing that is trained"):
+    optimizer.update(params, optimizer.init(params), params)

@@ -1,6 +1,7 @@
 """Hugging Face's files: checkpoints, PEFT adapters, tokenizers."""
 
 from qlora_jax.hf.chat import load_chat_template as load_chat_template
+from qlora_jax.hf.checkpoint import initialize as initialize
 from qlora_jax.hf.checkpoint import load as load
 from qlora_jax.hf.checkpoint import open_stored as open_stored
 from qlora_jax.hf.packed import save_base as save_base

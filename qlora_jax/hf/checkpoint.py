@@ -24,11 +24,12 @@ import numpy as np
 import tqdm
 from jax.typing import DTypeLike
 
-from qlora_jax import codebooks, tree_paths
+from qlora_jax import codebooks, lora_init, tree_paths
 from qlora_jax.hf import bitsandbytes, hub, packed, stacks
 from qlora_jax.hf.files import read_json
 from qlora_jax.hf.stored import StoredArray
 from qlora_jax.hf.tensors import Tensors
+from qlora_jax.lora import LoRAConfig
 from qlora_jax.models import families
 from qlora_jax.models.transformer import RematPolicy, Transformer, TransformerConfig
 from qlora_jax.quantization import (
@@ -142,6 +143,49 @@ def open_stored(
     raise ValueError(f"{directory}: packed; `load` opens it")
   model = _model(directory, dtype)
   return model, _Reader(Tensors(directory), model, {}, None, lambda _, value: value, False).stored()
+
+
+def initialize(
+  key: jax.Array,
+  path: str | os.PathLike[str],
+  quantization: QuantizationConfig | Mapping[str, Treatment] | None,
+  cfg: LoRAConfig,
+  *,
+  dtype: DTypeLike | None = None,
+  storage_dtype: DTypeLike | None = None,
+  remat: RematPolicy = "none",
+  implementation: str | None = None,
+  gradients: Mapping[str, Any] | None = None,
+) -> tuple[Transformer, dict[str, Any], dict[str, Any], dict[str, Any]]:
+  """`load` and `lora_init.initialize` in one: the dense weights are read one at a time.
+
+  Args:
+    key, gradients: see `lora_init.initialize`.
+    path: of a dense checkpoint, as `open_stored` takes it.
+    quantization, dtype, storage_dtype, remat, implementation: see `load`.
+    cfg: the adapters.
+
+  Returns:
+    (model, frozen, params, constants).
+
+  Raises:
+    FileNotFoundError, ValueError: as `load` and `lora_init.initialize`; a base that is packed.
+  """
+  directory = model_directory(path)
+  if not is_dense(directory):
+    raise ValueError(
+      f"{directory}: packed, and lora.init {cfg.init!r} starts from the dense weights; give the "
+      "checkpoint that it was made from, or lora.init 'lora'"
+    )
+  if storage_dtype is not None:
+    storage_dtype = float_dtype("storage_dtype", storage_dtype)
+  model, dense = open_stored(directory, dtype=dtype)
+  model = model.clone(remat=remat, implementation=implementation)
+  rules = default_rules(quantization)
+  made = lora_init.initialize(
+    key, dense, rules, cfg, storage_dtype=storage_dtype, gradients=gradients
+  )
+  return model, *made
 
 
 def default_rules(

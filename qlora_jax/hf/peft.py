@@ -91,6 +91,7 @@ def save_adapter(
   *,
   model: Transformer | None = None,
   frozen: Any = None,
+  initial: Any = None,
   base_model_name: str | None = None,
   base_revision: str | None = None,
   card: str | Mapping[str, Any] | None = None,
@@ -98,7 +99,9 @@ def save_adapter(
   """Writes an adapter that PEFT opens, with a model card.
 
   Ranks and scalings are those in `constants`; where they differ from `cfg`'s, they go into
-  PEFT's rank and alpha patterns. Tensors have the dtypes of `params`.
+  PEFT's rank and alpha patterns. Tensors have the dtypes of `params`. Adapters that are not of
+  PEFT's plain kind, or not of the original base, are made so first: see `lora.plain`, which says
+  what is exact. (For the changed base itself, kept by `save_base`, give cfg with init "lora".)
 
   Args:
     path: must not exist.
@@ -106,6 +109,7 @@ def save_adapter(
     model: whose family names the layers; where None it is found from `frozen`, or from params.
     frozen: the base; its fingerprint is then written too, by which `load_adapter` refuses a base
       that the adapter is merged into.
+    initial: the params before training, of an init that changes the base.
     base_model_name: the base that PEFT is to look for.
     base_revision: of that name.
     card: how it was trained, for the model card: text in Markdown, or facts by name.
@@ -114,6 +118,7 @@ def save_adapter(
     FileExistsError: there is something at `path`.
     ValueError: an adapter that PEFT cannot express, or a path that the files of no family name.
   """
+  params, constants, cfg = lora.plain(params, constants, cfg, initial)
   flat = tree_paths.leaves(params)
   fixed = tree_paths.leaves(constants)
   if not any(leaf.endswith("/lora_a") for leaf in flat):
@@ -142,16 +147,23 @@ def save_adapter(
     text = card_text(config, cfg, lora.count(params, constants), card)
     (temporary / "README.md").write_text(text, encoding="utf-8")
     if frozen is not None:
-      alignment = _alignment(frozen, params, constants, base_names(frozen, model))
+      alignment = _alignment(frozen, params, constants, base_names(frozen, model), initial)
       write_json(temporary / _FINGERPRINT, {"base_alignment": alignment})
 
 
 # The fingerprint of the base.
 
 
-def _alignment(frozen: Any, params: Any, constants: Any, names: Names) -> dict[str, float]:
-  """p = ⟨W, Δ⟩ / ‖Δ‖² of each adapted module, those without a Δ left out."""
+def _alignment(
+  frozen: Any, params: Any, constants: Any, names: Names, initial: Any = None
+) -> dict[str, float]:
+  """p = ⟨W, Δ⟩ / ‖Δ‖² of each adapted module, those without a Δ left out.
+
+  Args:
+    initial: what was taken out of W to make `frozen`.
+  """
   flat, fixed = tree_paths.leaves(params), tree_paths.leaves(constants)
+  start = tree_paths.leaves({} if initial is None else initial)
   found = {}
   for path, leaf in names.flat.items():
     layer = lora.module(path)
@@ -162,6 +174,9 @@ def _alignment(frozen: Any, params: Any, constants: Any, names: Names) -> dict[s
     for index, name in tensor_names(names.templates[path], leaf.shape):
       one, own_a, own_b = jax.tree.map(lambda x, index=index: x[index], (w, a, b))
       p = float(_projection(one, own_a, own_b, scaling[index[: scaling.ndim]]))
+      if initial is not None:
+        taken = (start[f"{layer}/{name}"][index] for name in ("lora_a", "lora_b"))
+        p += float(_projection_of_product(*taken, own_a, own_b))
       if math.isfinite(p):
         found[name.removesuffix(".weight")] = p
   return found
@@ -173,9 +188,25 @@ def _projection(w: Any, a: jax.Array, b: jax.Array, scaling: jax.Array) -> jax.A
   a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   with jax.default_matmul_precision("highest"):
     projected = quantized_matmul(a.T, w) if is_quantized(w) else a.T @ w.astype(jnp.float32)
-    square = (((a.T @ a) @ b) * b).sum()
+    square = _square(a, b)
   inner = (projected * b).sum()
   return jnp.where(scaling * square > 0, inner / (scaling * square), jnp.nan)
+
+
+def _square(a: jax.Array, b: jax.Array) -> jax.Array:
+  """‖A · B‖², 0 where it is no more than the rounding of parts that cancel each other."""
+  terms = ((a.T @ a) @ b) * b
+  square = terms.sum()
+  return jnp.where(square > 1e-5 * jnp.abs(terms).sum(), square, 0)
+
+
+@jax.jit
+def _projection_of_product(a0: jax.Array, b0: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+  """⟨s · A₀B₀, Δ⟩ / ‖Δ‖² of Δ = s · AB, whatever s is."""
+  with jax.default_matmul_precision("highest"):
+    inner = (((a.T @ a0) @ b0) * b).sum()
+    square = _square(a, b)
+  return jnp.where(square > 0, inner / square, jnp.nan)
 
 
 def _check_fingerprint(

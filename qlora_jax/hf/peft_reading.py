@@ -177,7 +177,7 @@ class Reader:
         dropout=float(raw.get("lora_dropout") or 0.0),
         rank_pattern=patterns(ranks, raw["r"]),
         alpha_pattern=patterns(alphas, float(raw["lora_alpha"])),
-        use_dora=bool(raw.get("use_dora")),
+        variant="dora" if raw.get("use_dora") else "lora",
         lora_bias=bool(raw.get("lora_bias")),
         modules_to_save=tuple(
           pattern

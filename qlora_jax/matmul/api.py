@@ -134,3 +134,88 @@ def _folded(product: Callable[[jax.Array, AnyQuantizedTensor], jax.Array]):
     return jax.vmap(product, axes, axis_size=axis_size)(x, w), True
 
   return folded
+
+
+def fuses_adapter(
+  x: jax.Array, w: AnyQuantizedTensor, rank: int, *, implementation: str | None = None
+) -> bool:
+  """Whether `adapted_matmul` serves x `[..., K]` and w `[K, N]`, with an adapter of that rank."""
+  return _choose(x, w, implementation) == "gpu" and gpu.fuses_adapter(x, w, rank)
+
+
+def adapted_matmul(
+  x: jax.Array, w: AnyQuantizedTensor, a: jax.Array, b: jax.Array, scaling: jax.Array
+) -> jax.Array:
+  """y = x · (dequantize(w) + s · A · B), as one product in either direction.
+
+  The adapter is added to the weight in float32 as that is decoded, before it is rounded to x's
+  dtype, so that neither (x · A) · B nor its sum with x · W is a pass over y. Its roundings are those
+  of the decoded weight, and of y; the separate products' are of x · A, of (x · A) · B and of two ys.
+  Differentiable in x, a and b.
+
+  Args:
+    x: `[..., K]`. w: `[K, N]`; what `fuses_adapter`.
+    a: `[K, r]`. b: `[r, N]`. scaling: `[]`.
+
+  Returns:
+    `[..., N]` in x's dtype.
+  """
+  return _adapted(x, w, a, b, scaling)
+
+
+@jax.custom_vjp
+def _adapted(x, w, a, b, scaling):
+  return _adapted_rule(x, w, a, b, scaling)
+
+
+def _adapted_forward(x, w, a, b, scaling):
+  return _adapted(x, w, a, b, scaling), (x, w, a, b, scaling)
+
+
+def _adapted_backward(residuals, g):
+  x, w, a, b, scaling = residuals
+  dx = _adapted_gradient_rule(g, w, a, b, scaling)
+  dtype = x.dtype
+  x, g_rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+  h = jnp.matmul(x, a.astype(dtype), preferred_element_type=jnp.float32) * scaling
+  dh = jnp.matmul(g_rows, b.astype(dtype).T, preferred_element_type=jnp.float32) * scaling
+  da = jnp.matmul(x.T, dh.astype(dtype), preferred_element_type=jnp.float32)
+  db = jnp.matmul(h.astype(dtype).T, g_rows, preferred_element_type=jnp.float32)
+  return dx, None, da.astype(a.dtype), db.astype(b.dtype), None
+
+
+_adapted.defvjp(_adapted_forward, _adapted_backward)
+
+
+def _apart(product, x, w, a, b, scaling):
+  """As an adapter's own products beside that of the weight, which is decoded once for a batch."""
+  h = jnp.matmul(x, a.astype(x.dtype), preferred_element_type=jnp.float32) * scaling
+  return _folded(product)(x, w) + jnp.matmul(h.astype(x.dtype), b.astype(x.dtype))
+
+
+@jax.custom_batching.custom_vmap
+def _adapted_rule(x, w, a, b, scaling):
+  return gpu.adapted_forward(x, w, a, scaling * b)
+
+
+@jax.custom_batching.custom_vmap
+def _adapted_gradient_rule(g, w, a, b, scaling):
+  return gpu.adapted_input_gradient(g, w, a, scaling * b)
+
+
+def _batched(function, apart):
+  """The rule of `function`: a batch of x alone becomes rows; adapters of their own stand apart."""
+
+  @function.def_vmap
+  def _rule(axis_size, batched, *operands):
+    if not any(jax.tree.leaves(batched[1:])):
+      return function(*operands), True
+    axes = jax.tree.map(lambda each: 0 if each else None, tuple(batched))
+    return jax.vmap(apart, axes, axis_size=axis_size)(*operands), True
+
+
+_batched(_adapted_rule, functools.partial(_apart, gpu.forward))
+_batched(
+  _adapted_gradient_rule,
+  lambda g, w, a, b, scaling: _apart(gpu.input_gradient, g, w, b.T, a.T, scaling),
+)

@@ -32,10 +32,10 @@ def unsupported(x: jax.Array, w: AnyQuantizedTensor) -> str | None:
   if jax.__version_info__ < _LEAST_JAX:
     least = ".".join(map(str, _LEAST_JAX))
     return f"it needs JAX {least}; this is {jax.__version__}"
-  platform, device = _device()
+  platform, device = target()
   if platform not in ("gpu", "cuda"):
     return f"the computation is for a {platform}"
-  if _capability(device) is None:
+  if capability(device) is None:
     return f"{device.device_kind} is no NVIDIA GPU"
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
@@ -55,20 +55,55 @@ def forward(x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
     return kernel(rows, w).reshape(*x.shape[:-1], n)
   # The barrier ties the weight to this x: see `xla.forward`.
   x, w = jax.lax.optimization_barrier((x, w))
-  return jnp.matmul(x, _dequantize(w, x.dtype))
+  return _library(x, _dequantize(w, x.dtype))
 
 
 def input_gradient(g: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   """`[..., N] · [K, N]ᵀ → [..., K]`, in g's dtype."""
   g, w = jax.lax.optimization_barrier((g, w))
-  return jnp.matmul(g, _dequantize(w, g.dtype).T)
+  return _library(g, _dequantize(w, g.dtype).T)
 
 
-def _dequantize(w: AnyQuantizedTensor, dtype: DTypeLike) -> jax.Array:
+def fuses_adapter(x: jax.Array, w: AnyQuantizedTensor, rank: int) -> bool:
+  """Whether `adapted_forward` serves these: where the weight is written down, and rank is small."""
+  from qlora_jax.matmul import gpu_dequantize
+
+  rows = x.size // x.shape[-1]
+  return (
+    x.dtype != jnp.float32
+    and rows > MOST_FEW_ROWS
+    and isinstance(w, QuantizedTensor)
+    and gpu_dequantize.takes_adapter(w, rank)
+  )
+
+
+def adapted_forward(x: jax.Array, w: AnyQuantizedTensor, a: jax.Array, b: jax.Array) -> jax.Array:
+  """`[..., K] · ([K, N] + [K, r] · [r, N]) → [..., N]`, in x's dtype."""
+  x, w, a, b = jax.lax.optimization_barrier((x, w, a, b))
+  return _library(x, _dequantize(w, x.dtype, (a, b)))
+
+
+def adapted_input_gradient(
+  g: jax.Array, w: AnyQuantizedTensor, a: jax.Array, b: jax.Array
+) -> jax.Array:
+  """`[..., N] · ([K, N] + [K, r] · [r, N])ᵀ → [..., K]`, in g's dtype."""
+  g, w, a, b = jax.lax.optimization_barrier((g, w, a, b))
+  return _library(g, _dequantize(w, g.dtype, (a, b)).T)
+
+
+def _library(x: jax.Array, w: jax.Array) -> jax.Array:
+  """`[..., K] · [K, N] → [..., N]` in x's dtype."""
+  rows = x.size // x.shape[-1]
+  # One row, asked for 16 bits, was off by more than their rounding (XLA, on an H100).
+  wanted = jnp.float32 if rows <= MOST_FEW_ROWS else x.dtype
+  return jnp.matmul(x, w, preferred_element_type=wanted).astype(x.dtype)
+
+
+def _dequantize(w: AnyQuantizedTensor, dtype: DTypeLike, adapter: Any = None) -> jax.Array:
   from qlora_jax.matmul import gpu_dequantize
 
   assert isinstance(w, QuantizedTensor)
-  return gpu_dequantize.dequantize(w, dtype)
+  return gpu_dequantize.dequantize(w, dtype, adapter=adapter)
 
 
 def _few_rows(x: jax.Array, w: AnyQuantizedTensor) -> Any:
@@ -80,9 +115,9 @@ def _few_rows(x: jax.Array, w: AnyQuantizedTensor) -> Any:
 
   tiles = gpu_few_rows.default_tiles(x.shape[0], w)
   reason = gpu_few_rows.unsupported(x, w, tiles)
-  device = _device()[1]
-  capability = _capability(device)
-  if capability is None or not 9 <= capability < 12:
+  device = target()[1]
+  version = capability(device)
+  if version is None or not 9 <= version < 12:
     reason = f"{device.device_kind}: its kernel is for Hopper and the data centre's Blackwell"
   if reason is None:
     return functools.partial(gpu_few_rows.product, tiles=tiles)
@@ -90,7 +125,7 @@ def _few_rows(x: jax.Array, w: AnyQuantizedTensor) -> Any:
   return None
 
 
-def _device() -> tuple[str, Any]:
+def target() -> tuple[str, Any]:
   """The platform that is traced for, and its device.
 
   The one that JAX takes by default: a trace does not know of arrays that are committed to another.
@@ -108,7 +143,7 @@ def _device() -> tuple[str, Any]:
 _CAPABILITIES = {"H100": 9.0, "H200": 9.0, "H800": 9.0, "H20": 9.0, "B200": 10.0, "B300": 10.3}
 
 
-def _capability(device: Any) -> float | None:
+def capability(device: Any) -> float | None:
   """An NVIDIA GPU's compute capability; None of any other device."""
   present = [each for each in jax.devices() if each.device_kind == device.device_kind]
   for each in (device, *present):

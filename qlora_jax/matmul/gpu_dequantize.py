@@ -29,6 +29,8 @@ from qlora_jax.quantized_tensor import (
 
 # Of a plane, in a tile: of fewer, warps are idle.
 _LEAST_ROWS = 16
+# Of an adapter.
+_MOST_RANK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +47,42 @@ class Tiles:
   warps: int = 4
 
 
+def _tile_rows(w: QuantizedTensor, tiles: Tiles) -> tuple[int, bool]:
+  """Rows of a tile, and whether they share a block of scales."""
+  k = w.shape[0]
+  rows = math.gcd(min(tiles.rows, plane_rows(k, w.bits)[1]), w.block_size)
+  uniform = k % GROUP == 0 and rows >= _LEAST_ROWS
+  return (rows if uniform else _LEAST_ROWS), uniform
+
+
+def takes_adapter(w: QuantizedTensor, rank: int, tiles: Tiles = Tiles()) -> bool:
+  """Whether `dequantize` can add an adapter of that rank to `w` as it writes it."""
+  # More than that does not fit in the registers beside the codes.
+  whole = _tile_rows(w, tiles)[1] and w.shape[1] % tiles.columns == 0
+  return whole and _padded_rank(rank) <= _MOST_RANK
+
+
+def _padded_rank(rank: int) -> int:
+  return max(16, 1 << (rank - 1).bit_length())
+
+
 def dequantize(
-  w: QuantizedTensor, dtype: DTypeLike, tiles: Tiles = Tiles(), *, interpret: bool = False
+  w: QuantizedTensor,
+  dtype: DTypeLike,
+  tiles: Tiles = Tiles(),
+  *,
+  adapter: tuple[jax.Array, jax.Array] | None = None,
+  interpret: bool = False,
 ) -> jax.Array:
-  """`[K, N]`, bit for bit what `quantization.dequantize` gives."""
+  """`[K, N]`, bit for bit what `quantization.dequantize` gives, or that plus an adapter.
+
+  Args:
+    adapter: `[K, r]` and `[r, N]`, multiplied in `dtype`, 16 bits, and added in float32, before the
+      one rounding; what `takes_adapter`.
+  """
   k, n = w.shape
   groups, full, _ = plane_rows(k, w.bits)
-  # Rows of a tile share a block of scales, where they can.
-  rows = math.gcd(min(tiles.rows, full), w.block_size)
-  uniform = k % GROUP == 0 and rows >= _LEAST_ROWS
-  if not uniform:
-    rows = _LEAST_ROWS
+  rows, uniform = _tile_rows(w, tiles)
   operands: list[Any] = [w.codes, w.levels.astype(jnp.float32)]
   nested_block_size = None
   if isinstance(w.scales, NestedScales):
@@ -67,6 +94,12 @@ def dequantize(
     operands.append(w.scales)
   if w.zero is not None:
     operands.append(w.zero)
+  if adapter is not None:
+    # Triton's products are of powers of 2, at least 16.
+    a, b = adapter
+    missing = _padded_rank(a.shape[1]) - a.shape[1]
+    operands.append(jnp.pad(a.astype(dtype), ((0, 0), (0, missing))))
+    operands.append(jnp.pad(b.astype(dtype), ((0, missing), (0, 0))))
   axes = manual_axes.varying(*operands)
   operands = [manual_axes.cast(operand, axes) for operand in operands]
   manual: Any = {"manual_axis_type": jax.typeof(operands[0]).manual_axis_type}
@@ -79,6 +112,7 @@ def dequantize(
       block_size=w.block_size,
       nested_block_size=nested_block_size,
       has_zero=w.zero is not None,
+      has_adapter=adapter is not None,
       uniform=uniform,
     ),
     out_shape=jax.ShapeDtypeStruct((k, n), dtype, **manual),
@@ -90,9 +124,20 @@ def dequantize(
 
 
 def _kernel(
-  codes, levels, *refs, rows, columns, bits, block_size, nested_block_size, has_zero, uniform
+  codes,
+  levels,
+  *refs,
+  rows,
+  columns,
+  bits,
+  block_size,
+  nested_block_size,
+  has_zero,
+  has_adapter,
+  uniform,
 ) -> None:
   *scales, out = refs
+  adapter = [scales.pop(), scales.pop()] if has_adapter else None
   zero = scales.pop() if has_zero else None
   k, n = out.shape
   _, full, sizes = plane_rows(k, bits)
@@ -152,6 +197,9 @@ def _kernel(
     word = low | middle << np.uint32(8) | high << np.uint32(16)
   else:
     word = run(0, 1)
+  expand: Any = None
+  if adapter is not None:
+    expand = triton.load(adapter[0].at[:, pl.ds(start, columns)])
   for plane, size in enumerate(sizes):
     first = group * GROUP + plane * full + within
     mask = rows_below(size)
@@ -165,7 +213,11 @@ def _kernel(
     value = triton.load(levels.at[code.astype(jnp.int32)])
     if zero is not None:
       value = value - by_rows(of_block(zero, block, block_mask).astype(jnp.float32))
-    value = (value * by_rows(restore(block, block_mask))).astype(out.dtype)
+    value = value * by_rows(restore(block, block_mask))
+    if adapter is not None:
+      reduce = triton.load(adapter[1].at[pl.ds(first, rows), :])
+      value += jnp.dot(reduce, expand, preferred_element_type=jnp.float32)
+    value = value.astype(out.dtype)
     if mask is None:
       triton.store(tile(out, first), value)
     else:

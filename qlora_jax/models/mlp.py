@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from qlora_jax import lora
 from qlora_jax.linen import Initializer, QDense, weight
 from qlora_jax.matmul import quantized_matmul
+from qlora_jax.models import remat
 from qlora_jax.quantized_tensor import is_quantized
 
 # By transformers' names.
@@ -61,9 +62,12 @@ class MLP(nn.Module):
       )(x)
 
     if self.fused:
-      gate, up = jnp.split(project("gate_up", 2 * self.intermediate_size, x), 2, axis=-1)
+      wide = remat.named(remat.WIDE, project("gate_up", 2 * self.intermediate_size, x))
+      gate, up = jnp.split(wide, 2, axis=-1)
     else:
-      gate, up = (project(name, self.intermediate_size, x) for name in ("gate", "up"))
+      gate, up = (
+        remat.named(remat.WIDE, project(name, self.intermediate_size, x)) for name in ("gate", "up")
+      )
     return project("down", x.shape[-1], ACTIVATIONS[self.activation](gate) * up)
 
 

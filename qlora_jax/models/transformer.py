@@ -16,11 +16,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qlora_jax.linen import Embed, QDense, TiedHead, plain_weight
-from qlora_jax.models.attention import attend
+from qlora_jax.models import remat
+from qlora_jax.models.attention import AttentionName, Visible, attend
 from qlora_jax.models.mlp import ACTIVATIONS, MLP, Experts
+from qlora_jax.models.remat import RematPolicy
 from qlora_jax.models.rope import Rope, rotate
-
-RematPolicy = Literal["none", "full"]
 
 # The KV cache: {"k", "v": [L, B, S, Hkv, h], "segment_ids", "positions": [B, S], "index": []}.
 Cache = dict[str, jax.Array]
@@ -144,6 +144,11 @@ class TransformerConfig:
     return tuple(self.kinds.index(pattern[i % len(pattern)]) for i in range(self.num_layers))
 
   @property
+  def windows(self) -> tuple[int | None, ...]:
+    """The window of each of `kinds`."""
+    return tuple(kind.window for kind in self.kinds)
+
+  @property
   def rotates_cached_keys(self) -> bool:
     """Whether keys are cached as they are before rotation, since a longer call turns them anew."""
     return any(kind.rope is not None and kind.rope.depends_on_length for kind in self.kinds)
@@ -182,9 +187,10 @@ class Attention(nn.Module):
   config: TransformerConfig
   dtype: DTypeLike
   implementation: str | None
+  attention: AttentionName | None
 
   @nn.compact
-  def __call__(self, x, rotary, mask, cache):
+  def __call__(self, x, rotary, visible, kind, cache):
     config = self.config
 
     def project(name: str, features: int, x: jax.Array, use_bias: bool) -> jax.Array:
@@ -229,7 +235,18 @@ class Attention(nn.Module):
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     if rotary is not None and config.rotates_cached_keys:
       k = rotate(k, *rotary["k"])
-    y = attend(q, k, v, mask, scale=config.query_scale, softcap=config.attention_softcap)
+    q, k, v = remat.named(remat.QKV, q, k, v)
+    y = attend(
+      q,
+      k,
+      v,
+      visible,
+      windows=config.windows,
+      kind=kind,
+      scale=config.query_scale,
+      softcap=config.attention_softcap,
+      implementation=self.attention,
+    )
     y = y.reshape(*y.shape[:-2], widths["q"])
     return project("o", config.hidden_size, y, config.output_bias), cache
 
@@ -240,10 +257,12 @@ class Block(nn.Module):
   config: TransformerConfig
   dtype: DTypeLike
   implementation: str | None
+  attention: AttentionName | None
 
   @nn.compact
-  def __call__(self, x, rotary, mask, index, kind, cache):
+  def __call__(self, x, rotary, visible, index, kind, cache):
     config = self.config
+    x = remat.named(remat.INPUT, x)
 
     def norm(name: str, wanted: bool, x: jax.Array) -> jax.Array:
       if not wanted:
@@ -251,16 +270,16 @@ class Block(nn.Module):
       return RMSNorm(config.norm_eps, self.dtype, float(config.unit_offset), name=name)(x)
 
     if kind is not None:
-      rotary, mask = jax.tree.map(
-        lambda each: jax.lax.dynamic_index_in_dim(each, kind, 0, keepdims=False), (rotary, mask)
+      rotary = jax.tree.map(
+        lambda each: jax.lax.dynamic_index_in_dim(each, kind, 0, keepdims=False), rotary
       )
     if cache is not None:
       cache = {**cache, "index": index}
     y = norm("attn_norm", config.pre_norms, x)
-    y, cache = Attention(config, self.dtype, self.implementation, name="attn")(
-      y, rotary, mask, cache
+    y, cache = Attention(config, self.dtype, self.implementation, self.attention, name="attn")(
+      y, rotary, visible, kind, cache
     )
-    x = x + norm("attn_post_norm", config.post_norms, y)
+    x = remat.named(remat.MIDDLE, x + norm("attn_post_norm", config.post_norms, y))
     y = self._mlp(norm("mlp_norm", config.pre_norms, x))
     return x + norm("mlp_post_norm", config.post_norms, y), cache
 
@@ -299,33 +318,30 @@ class Transformer(nn.Module):
   Attributes:
     config: the architecture.
     dtype: of activations and of the products' operands. Norms, softmax and logits are float32.
-    remat: "none" keeps a layer's activations for the backward pass; "full" keeps its input
-      alone and computes the layer again.
+    remat: what the backward pass computes again (see `remat`).
     implementation: of `quantized_matmul`.
+    attention: an implementation of `attention.attend`; None takes what `attention.choose` says.
   """
 
   config: TransformerConfig
   dtype: DTypeLike = jnp.bfloat16
   remat: RematPolicy = "none"
   implementation: str | None = None
+  attention: AttentionName | None = None
 
   def setup(self):
     config = self.config
-    if self.remat not in ("none", "full"):
-      raise ValueError(f"remat: {self.remat!r}; one of none, full")
     self.embed = Embed(
       config.vocab_size, config.hidden_size, self.dtype, scale=config.embedding_scale
     )
-    # A scan already keeps XLA from merging a layer's two computations.
-    block = nn.remat(Block, prevent_cse=False) if self.remat == "full" else Block
     shared = nn.broadcast
     self.layers = nn.scan(
-      block,
+      remat.block(Block, self.remat),
       variable_axes={"params": 0, "frozen": 0, "constants": 0},
       split_rngs={"params": True, "dropout": True},
       in_axes=(shared, shared, shared, 0, 0),  # pyright: ignore[reportArgumentType]
       length=config.num_layers,
-    )(config, self.dtype, self.implementation)
+    )(config, self.dtype, self.implementation, self.attention)
     self.final_norm = RMSNorm(config.norm_eps, self.dtype, float(config.unit_offset))
     if config.tie_embeddings:
       self.head: Any = TiedHead(self.dtype)
@@ -365,12 +381,12 @@ class Transformer(nn.Module):
   def blocks(self, x, segment_ids=None, positions=None, cache=None) -> Any:
     """`[B, T, D]` embedded tokens through all layers: (`[B, T, D]`, the new cache or None)."""
     if cache is None:
-      positions, keys, seen = self._positions(x, segment_ids, positions)
+      positions, keys, visible = self._positions(x, segment_ids, positions)
     else:
-      positions, keys, seen = self._cached_positions(x, segment_ids, positions, cache)
+      positions, keys, visible = self._cached_positions(x, segment_ids, positions, cache)
     segments = keys.get("segment_ids", segment_ids)
     real = True if segments is None else segments != 0
-    rotary, mask = self._by_kind(positions, keys["positions"], real, seen)
+    rotary = self._rotary(positions, keys["positions"], real)
     kind = None
     if len(self.config.kinds) > 1:
       kind = jnp.asarray(self.config.kind_of_layer, jnp.int32)
@@ -378,7 +394,7 @@ class Transformer(nn.Module):
     written: Any
     index = None if cache is None else cache["index"]
     layers_cache = None if cache is None else {"k": cache["k"], "v": cache["v"]}
-    y, written = self.layers(x, rotary, mask, index, kind, layers_cache)
+    y, written = self.layers(x, rotary, visible, index, kind, layers_cache)
     if cache is None:
       return y, None
     return y, {**written, **keys, "index": cache["index"] + x.shape[1]}
@@ -387,19 +403,17 @@ class Transformer(nn.Module):
     """Positions of queries, those of keys, and which keys each query may see.
 
     Returns:
-      `[B, T]` int32; {"positions": `[B, S]`, …}; `[B, T, S]` bool, None for all before it.
+      `[B or 1, T]` int32; {"positions": `[B or 1, S]`, …}; Visible.
     """
-    seen = None
-    if segment_ids is not None:
-      if positions is None:
-        positions = restarting_positions(segment_ids)
-      causal = jnp.tril(jnp.ones((x.shape[1],) * 2, bool))
-      # Padding sees padding, so that no row of the softmax is empty.
-      seen = (segment_ids[:, :, None] == segment_ids[:, None, :]) & causal[None]
-    elif positions is None:
-      # Of one row: the rows are alike, and the masks of windows need not be made for each.
+    # Padding sees padding, so that no row of the softmax is empty.
+    segments = None if segment_ids is None else (segment_ids, segment_ids)
+    if positions is None and segment_ids is None:
+      # Of one row: the rows are alike.
       positions = jax.lax.broadcasted_iota(jnp.int32, (1, x.shape[1]), 1)
-    return positions, {"positions": positions}, seen
+      return positions, {"positions": positions}, Visible()
+    if positions is None:
+      positions = restarting_positions(segment_ids)  # pyright: ignore[reportArgumentType]
+    return positions, {"positions": positions}, Visible(None, segments, (positions, positions))
 
   def _cached_positions(self, x, segment_ids, positions, cache):
     """As `_positions`, the keys being those of the cache with the new ones in their slots."""
@@ -411,18 +425,19 @@ class Transformer(nn.Module):
       return jax.lax.dynamic_update_slice(cache[name], values.astype(jnp.int32), (0, index))
 
     slots = write("segment_ids", segment_ids)
-    # Slots behind the newest token are empty or its future.
-    slot = jax.lax.broadcasted_iota(jnp.int32, (x.shape[1], slots.shape[1]), 1)
-    own = index + jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0)
-    same = segment_ids[:, :, None] == slots[:, None, :]
     if positions is None:
+      slot = jax.lax.broadcasted_iota(jnp.int32, (x.shape[1], slots.shape[1]), 1)
+      own = index + jax.lax.broadcasted_iota(jnp.int32, slot.shape, 0)
+      same = segment_ids[:, :, None] == slots[:, None, :]
       positions = (same & (slot < own)[None]).sum(-1, dtype=jnp.int32)
     positions = jnp.broadcast_to(positions, x.shape[:2])
     keys = {"segment_ids": slots, "positions": write("positions", positions)}
-    return positions, keys, same & (slot <= own)[None]
+    # Slots behind the newest token are empty or its future.
+    visible = Visible(index, (segment_ids, slots), (positions, keys["positions"]))
+    return positions, keys, visible
 
-  def _by_kind(self, positions, key_positions, real, seen):
-    """The rotary angles and the mask of each kind of layer, stacked where there are several.
+  def _rotary(self, positions, key_positions, real):
+    """The rotary angles of each kind of layer, stacked where there are several; None for none.
 
     Args:
       real: `[B, S]`, which keys are no padding; True for all.
@@ -440,20 +455,13 @@ class Transformer(nn.Module):
       shape = (*positions.shape, width // 2)
       return jnp.ones(shape), jnp.zeros(shape)
 
-    def mask(kind: LayerKind) -> Any:
-      if kind.window is None:
-        return seen
-      distance = positions[:, :, None] - key_positions[:, None, :]
-      return seen & (distance < kind.window)
-
     kinds = list(config.kinds)
-    if seen is None and (len(kinds) > 1 or kinds[0].window is not None):
-      seen = jnp.tril(jnp.ones((positions.shape[1], key_positions.shape[1]), bool))[None]
+    if len(kinds) == 1 and kinds[0].rope is None:
+      return None
     rotary = [{name: angles(kind, each) for name, each in turned.items()} for kind in kinds]
-    masks = [mask(kind) for kind in kinds]
     if len(kinds) == 1:
-      return (rotary[0] if kinds[0].rope else None), masks[0]
-    return jax.tree.map(lambda *each: jnp.stack(each), *rotary), jnp.stack(masks)
+      return rotary[0]
+    return jax.tree.map(lambda *each: jnp.stack(each), *rotary)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """`[..., D] → [..., V]` float32: the head."""

@@ -165,7 +165,7 @@ VARIANTS = {
     "rank_pattern": {"layers/*/mlp/down": 4, "layers/1/attn/q": 2},
     "alpha_pattern": {"layers/*/attn/q": 32.0},
   },
-  "peft_dora": {"use_dora": True},
+  "peft_dora": {"variant": "dora"},
   "peft_lora_bias": {"lora_bias": True},
   "peft_modules_to_save_embed": {
     "modules_to_save": ("head/kernel",),
@@ -248,13 +248,13 @@ def test_both_spellings_of_a_magnitude(tiny_llama, tiny, tmp_path):
 # Adapters of ours, on bases of several kinds.
 
 CASES = {
-  "dora": ("llama", LoRAConfig(rank=4, alpha=8.0, use_dora=True)),
+  "dora": ("llama", LoRAConfig(rank=4, alpha=8.0, variant="dora")),
   "dora with patterns": (
     "qwen2",
     LoRAConfig(
       rank=4,
       alpha=8.0,
-      use_dora=True,
+      variant="dora",
       rank_stabilized=True,
       targets=("layers/[02]/attn/*", "*/mlp/down", "head"),
       rank_pattern={"layers/2/attn/q": 2},
@@ -285,7 +285,7 @@ CASES = {
   "a tied head": ("tied llama", LoRAConfig(rank=4, targets=("head", "*/attn/q"))),
   "a tied head with dora": (
     "tied llama",
-    LoRAConfig(rank=4, targets=("head", "*/attn/q"), use_dora=True),
+    LoRAConfig(rank=4, targets=("head", "*/attn/q"), variant="dora"),
   ),
   "a tied head in full": ("tied llama", LoRAConfig(rank=4, modules_to_save=("head",))),
   "a tied embedding": ("tied llama", LoRAConfig(rank=4, targets=("embed", "*/attn/q"))),
@@ -781,7 +781,7 @@ def test_the_model_card(tmp_path):
   cfg = LoRAConfig(
     rank=4,
     alpha=8.0,
-    use_dora=True,
+    variant="dora",
     rank_stabilized=True,
     dropout=0.1,
     rank_pattern={"layers/1/*": 2},

@@ -117,7 +117,7 @@ def test_logits_are_those_of_the_whole_model(saved):
   "fields",
   [
     {},
-    {"use_dora": True, "targets": ("*/attn/*",)},
+    {"variant": "dora", "targets": ("*/attn/*",)},
     {"modules_to_save": ("embed",)},
     {"targets": ("*/attn/q", "embed", "head")},
   ],

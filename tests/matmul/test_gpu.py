@@ -217,13 +217,13 @@ def device(kind, **fields):
 
 
 def test_what_a_gpu_can_do():
-  assert gpu._capability(device("NVIDIA H100 80GB HBM3", compute_capability="9.0")) == 9
-  assert gpu._capability(device("NVIDIA RTX PRO 6000", compute_capability="12.0")) == 12
-  assert gpu._capability(device("AMD Instinct MI300X", compute_capability="gfx942")) is None
+  assert gpu.capability(device("NVIDIA H100 80GB HBM3", compute_capability="9.0")) == 9
+  assert gpu.capability(device("NVIDIA RTX PRO 6000", compute_capability="12.0")) == 12
+  assert gpu.capability(device("AMD Instinct MI300X", compute_capability="gfx942")) is None
   # Of GPUs that are not there the names must do.
-  assert gpu._capability(H100) == 9
-  assert gpu._capability(device("NVIDIA A100-SXM4-80GB")) == 8
-  assert gpu._capability(device("AMD Instinct MI300X")) is None
+  assert gpu.capability(H100) == 9
+  assert gpu.capability(device("NVIDIA A100-SXM4-80GB")) == 8
+  assert gpu.capability(device("AMD Instinct MI300X")) is None
 
 
 def test_the_default_device_decides(monkeypatch):

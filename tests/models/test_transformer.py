@@ -542,7 +542,7 @@ def test_impossible_configs(kwargs, message):
 
 def test_unknown_remat_policy():
   model = model_of(remat="half")
-  with pytest.raises(ValueError, match="remat: 'half'; one of none, full"):
+  with pytest.raises(ValueError, match="remat: 'half'; one of offload, full, mlp"):
     jax.eval_shape(model.apply, {"frozen": dense_base(CONFIG)}, tokens_of(1, 4))
 
 

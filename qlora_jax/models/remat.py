@@ -1,0 +1,76 @@
+"""What the backward pass of a layer computes again, and what it keeps: policies by name.
+
+From the least memory to the most, of a decoder layer:
+
+  policy       keeps on the device                               computes again
+  offload      nothing: the layer's input waits on the host      all but what ends the layer
+  full         the layer's input                                 all but what ends the layer
+  mlp          and q, k, v, attention's result, the sum after    the MLP's first products
+  elementwise  and what the MLP's first products gave            norms, activations, no product
+  none         everything                                        nothing
+
+"All but what ends the layer": the last product's result enters nothing that has a gradient, so
+XLA drops it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from qlora_jax.lora import LOW_RANK
+from qlora_jax.models.attention import ATTENTION
+
+RematPolicy = Literal["offload", "full", "mlp", "elementwise", "none"]
+REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
+
+# Names of what a policy may keep.
+INPUT = "input"  # of a layer, [B, T, D]
+QKV = "qkv"  # what enters attention
+MIDDLE = "middle"  # the residual stream between attention and MLP
+WIDE = "wide"  # of an MLP, before its activation
+
+_MLP_KEEPS = (QKV, ATTENTION, MIDDLE, LOW_RANK)
+
+
+def named(name: str, *arrays: jax.Array) -> Any:
+  """The arrays under a name that policies know them by; of one array, it alone."""
+  found = tuple(checkpoint_name(x, name) for x in arrays)
+  return found if len(arrays) > 1 else found[0]
+
+
+def block(module: type[nn.Module], policy: str) -> Any:
+  """`module`, a layer that a scan runs, under the policy of that name.
+
+  Raises:
+    ValueError: no such policy.
+  """
+  if policy not in REMAT_POLICIES:
+    raise ValueError(f"remat: {policy!r}; one of {', '.join(REMAT_POLICIES)}")
+  if policy == "none":
+    return module
+  # A scan already keeps XLA from merging a layer's two computations.
+  return nn.remat(module, prevent_cse=False, policy=_policy(policy))
+
+
+def _policy(name: str) -> Callable[..., Any] | None:
+  if name == "full":
+    return None
+  if name == "offload":
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=(),
+      names_which_can_be_offloaded=(INPUT,),
+      offload_src="device",
+      offload_dst="pinned_host",
+    )
+  names = _MLP_KEEPS if name == "mlp" else (*_MLP_KEEPS, WIDE)
+  return jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(*names), _is_fused_attention
+  )
+
+
+def _is_fused_attention(primitive, *_, **__) -> bool:
+  # What cuDNN's kernel gives has no name, and it is a kernel that one does not run again.
+  return primitive.name.startswith("dot_product_attention_fwd")

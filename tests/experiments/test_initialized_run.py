@@ -1,0 +1,147 @@
+"""A trial whose adapters start as a part of the base: resumed, exported, and refused."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import trial
+from qlora_jax import config as config_lib
+from qlora_jax import hf, lora, train, tree_paths
+from qlora_jax.models.transformer import Transformer, TransformerConfig
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  cfg = TransformerConfig(
+    vocab_size=256,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+  )
+  model = Transformer(cfg, dtype=jax.numpy.float32)
+  tokens = jax.numpy.zeros((1, 2), jax.numpy.int32)
+  path = tmp_path_factory.mktemp("base") / "model"
+  hf.save(path, model, model.init(jax.random.key(0), tokens)["frozen"])
+  return path
+
+
+def config(base, **overrides):
+  draft = config_lib.defaults()
+  draft.name = "tiny"
+  draft.model.path = str(base)
+  draft.model.dtype = draft.model.storage_dtype = "float32"
+  draft.model.remat = "none"
+  draft.quantization.codebook = "nf2"
+  draft.quantization.block_size = 16
+  draft.lora.rank = 4
+  draft.lora.init = "loftq"
+  draft.data.synthetic = "manuals"
+  draft.data.num_documents = 10
+  draft.data.tokenizer = "bytes"
+  draft.data.seq_len = 32
+  draft.train.steps = 6
+  draft.train.batch_size = 2
+  draft.train.eval_every = 3
+  draft.train.checkpoint_every = 2
+  draft.train.compare_16bit = False
+  return config_lib.from_config_dict(draft, overrides)
+
+
+def run(cfg, workdir):
+  return trial.run(cfg, workdir)
+
+
+def test_a_stopped_run_goes_on_to_the_same_numbers(base, tmp_path, monkeypatch):
+  cfg = config(base)
+  whole = run(cfg, tmp_path / "whole")["qlora"]
+
+  fit, steps = trial.fit, []
+
+  def stops(state, *, cfg, **rest):
+    steps.append(int(state.step))
+    if len(steps) == 1:
+      fit(state, cfg=dataclasses.replace(cfg, steps=4), **rest)
+      raise train.Interrupted(15, 4, saved=True)
+    return fit(state, cfg=cfg, **rest)
+
+  monkeypatch.setattr(trial, "fit", stops)
+  with pytest.raises(train.Interrupted):
+    run(cfg, tmp_path / "stopped")
+  # What was made is kept: it is not decomposed again.
+  monkeypatch.setattr(hf, "initialize", None)
+  stopped = run(cfg, tmp_path / "stopped")["qlora"]
+  assert steps == [0, 4]
+  for name in ("loss_before", "loss_after", "base_bytes", "trained_parameters"):
+    assert stopped[name] == whole[name], name
+
+  # The adapter is for the original base, and the export of the checkpoint is the same.
+  _, frozen = hf.load(base)
+  params, _, read = hf.load_adapter(tmp_path / "stopped" / "adapter", frozen)
+  assert (read.rank, read.alpha, read.init) == (8, 32.0, "lora")
+  assert trial.export_adapter(tmp_path / "whole", tmp_path / "exported") == 6
+  again, _, _ = hf.load_adapter(tmp_path / "exported", frozen)
+  jax.tree.map(np.testing.assert_array_equal, params, again)
+  # What was trained, beside what it started as.
+  q = params["layers"]["attn"]["q"]
+  assert np.abs(q["lora_a"][..., :4] - q["lora_a"][..., 4:]).max() > 0
+
+
+@pytest.mark.parametrize("init", ["pissa", "lora_ga"])
+def test_without_quantizing_it_starts_as_the_base(base, tmp_path, init):
+  cfg = config(base, **{"lora.init": init, "model.quantize": False, "train.steps": 2})
+  changed = run(cfg, tmp_path / init)["lora_16bit"]
+  plain = run(
+    dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, init="lora")), tmp_path / "plain"
+  )["lora_16bit"]
+  np.testing.assert_allclose(changed["loss_before"], plain["loss_before"], rtol=1e-5)
+  assert changed["loss_after"] != plain["loss_after"]
+
+
+def test_eva_shares_the_ranks_out_and_resumes(base, tmp_path, monkeypatch):
+  cfg = config(base, **{"lora.init": "eva", "train.steps": 2, "lora.calibration_batches": 2})
+  whole = run(cfg, tmp_path / "run")["qlora"]
+  _, frozen = hf.load(base, cfg.quantization)
+  params, constants = lora.init(
+    jax.random.key(0), frozen, dataclasses.replace(cfg.lora, init="lora")
+  )
+  assert whole["trained_parameters"] != lora.count(params, constants)
+  _, fixed, _ = hf.load_adapter(tmp_path / "run" / "adapter", frozen)
+  ranks = {
+    path: np.asarray(x) for path, x in tree_paths.leaves(fixed).items() if path.endswith("/rank")
+  }
+  # Seven projections of two layers, rank 4 each.
+  assert sum(int(x.sum()) for x in ranks.values()) == 14 * 4
+  assert len(set(np.concatenate(list(ranks.values())))) > 1
+  monkeypatch.setattr(trial.calibration, "second_moments", None)
+  assert trial.export_adapter(tmp_path / "run", tmp_path / "exported") == 2
+
+
+def test_another_config_does_not_find_the_old_start(base, tmp_path, monkeypatch):
+  """A run that failed before its first step has nothing to protect; nor has it what to reuse."""
+
+  def fails(*_, **__):
+    raise OSError("no disk")
+
+  monkeypatch.setattr(trial, "Checkpoints", fails)
+  for rank in (4, 2):
+    with pytest.raises(OSError, match="no disk"):
+      run(config(base, **{"lora.rank": rank}), tmp_path / "run")
+    with np.load(tmp_path / "run" / "initialized" / "params.npz") as file:
+      assert file["layers/attn/q/lora_a"].shape[-1] == rank
+
+
+def test_what_makes_no_sense_is_refused(base, tmp_path):
+  with pytest.raises(config_lib.ConfigError, match=r"lora\.init: 'loftq'; model.quantize is False"):
+    config(base, **{"model.quantize": False})
+  model, frozen = hf.load(base, config(base).quantization)
+  hf.save_base(tmp_path / "packed", model, frozen)
+  with pytest.raises(ValueError, match=r"packed, and lora\.init 'loftq' starts from the dense"):
+    run(config(tmp_path / "packed"), tmp_path / "run")
+  with pytest.raises(ValueError, match=r"lora\.init: 'loftq' changes the base; lora_init"):
+    lora.init(jax.random.key(0), frozen, config(base).lora)

@@ -1,0 +1,109 @@
+"""What each policy keeps, and that none changes a number."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax import lora
+from qlora_jax.models.remat import REMAT_POLICIES
+from qlora_jax.models.transformer import Transformer, TransformerConfig
+
+LAYERS, WIDTH, WIDE = 12, 16, 112
+CONFIG = TransformerConfig(
+  vocab_size=64,
+  hidden_size=WIDTH,
+  intermediate_size=WIDE,
+  num_layers=LAYERS,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=10,
+)
+TOKENS = jax.random.randint(jax.random.key(0), (2, 48), 0, CONFIG.vocab_size)
+
+
+def gradient_of(remat, config=CONFIG, **options):
+  """(function of the adapters, the adapters)."""
+  model = Transformer(config, jnp.float32, remat, **options)
+  frozen = Transformer(config, jnp.float32).init(jax.random.key(1), TOKENS)["frozen"]
+  params, constants = lora.init(jax.random.key(2), frozen, lora.LoRAConfig(rank=3))
+  params = jax.tree.map(lambda x: x + 0.01, params)
+
+  def loss(params):
+    variables = {"params": params, "constants": constants, "frozen": frozen}
+    hidden: Any = model.apply(variables, TOKENS, method="hidden")
+    return jnp.square(hidden).sum() / 100
+
+  return jax.value_and_grad(loss), params
+
+
+@pytest.mark.parametrize("options", [{}, {"attention": "blockwise"}], ids=["plain", "blockwise"])
+def test_no_policy_changes_a_number(options):
+  function, params = gradient_of("none", **options)
+  expected, gradients = jax.jit(function)(params)
+  for policy in REMAT_POLICIES:
+    function, params = gradient_of(policy, **options)
+    value, found = jax.jit(function)(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found, gradients
+    )
+
+
+def products(jaxpr, shapes) -> int:
+  """How many products of the program have a kernel `[K, N]` of one of these shapes."""
+  count = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      count += any(tuple(each.aval.shape) in shapes for each in equation.invars)
+    for inner in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+    ):
+      if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+        count += products(inner if hasattr(inner, "eqns") else inner.jaxpr, shapes)
+  return count
+
+
+@pytest.mark.parametrize(
+  ("policy", "of_q", "of_gate_and_up"),
+  [("none", 2, 3), ("elementwise", 2, 3), ("mlp", 2, 5), ("full", 3, 5), ("offload", 3, 5)],
+)
+def test_what_is_computed_again(policy, of_q, of_gate_and_up):
+  """Products forward and again; o's and down's for their input's gradient have the same shapes."""
+  function, params = gradient_of(policy)
+  program = jax.make_jaxpr(function)(params).jaxpr
+  assert products(program, {(WIDTH, 20)}) == of_q
+  assert products(program, {(WIDTH, WIDE)}) == of_gate_and_up
+
+
+def temporaries(policy) -> int:
+  function, params = gradient_of(policy)
+  analysis: Any = jax.jit(function).lower(params).compile().memory_analysis()
+  return analysis.temp_size_in_bytes
+
+
+def test_what_is_kept():
+  layer = TOKENS.size * 4
+  full, mlp, elementwise, none = map(temporaries, ("full", "mlp", "elementwise", "none"))
+  # What one layer works on at a time is less, the more is kept.
+  fewest, most = LAYERS - 3, LAYERS + 2
+  # q, k, v, attention's result (20 + 10 + 10 + 20), the middle of the layer; and x · A of five.
+  kept = layer * (60 + WIDTH + 5 * 3)
+  assert fewest * kept < mlp - full < most * kept
+  wide = layer * 2 * WIDE
+  assert fewest * wide < elementwise - mlp < most * wide
+  assert none > elementwise + fewest * wide / 2
+
+
+def test_experts_under_every_policy():
+  config = dataclasses.replace(CONFIG, num_layers=2, num_experts=4, experts_per_token=2)
+  expected = None
+  for policy in ("none", "elementwise", "full"):
+    function, params = gradient_of(policy, config)
+    value, gradients = jax.jit(function)(params)
+    norm = sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(gradients))
+    expected = expected or (value, norm)
+    np.testing.assert_allclose((value, norm), expected, rtol=1e-5)

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import filelock
 import jax
 import jax.numpy as jnp
 
@@ -42,7 +43,8 @@ def architecture(cfg: PretrainConfig) -> TransformerConfig:
 def trained_base(cfg: PretrainConfig) -> Path:
   """The Hugging Face directory of the base that `cfg` describes, trained now if it is not cached.
 
-  A killed training starts again.
+  A killed training starts again. Of processes that want one base at once, one trains it, and the
+  others wait.
   """
   # The text's source and the version are part of the recipe: a change of either trains anew.
   sources = [inspect.getsource(synthetic), qlora_jax.__version__]
@@ -52,6 +54,15 @@ def trained_base(cfg: PretrainConfig) -> Path:
     print(f"base model: {path} (trained by an earlier run)")
     return path
   path.parent.mkdir(parents=True, exist_ok=True)
+  with filelock.FileLock(f"{path}.lock"):
+    if path.exists():
+      print(f"base model: {path} (another process trained it meanwhile)")
+    else:
+      _train(cfg, path)
+  return path
+
+
+def _train(cfg: PretrainConfig, path: Path) -> None:
   print(f"base model: training one on generated {cfg.domain!r}, to be kept in {path}")
 
   model = Transformer(architecture(cfg), dtype=jnp.float32)
@@ -83,6 +94,5 @@ def trained_base(cfg: PretrainConfig) -> Path:
   try:
     hf.save(path, model, state.params, dtype=jnp.float32)
   except FileExistsError:
-    # Another process was faster, with the same recipe.
+    # Another process was faster, with the same recipe, where the file system has no locks.
     print(f"base model: {path} was made by another process meanwhile, and is used")
-  return path

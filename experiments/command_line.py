@@ -19,13 +19,14 @@ import pathlib
 import sys
 import traceback
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 from absl import flags
 
 from qlora_jax import config as config_lib
+from qlora_jax import sweeps
 
 PROGRAM = "python -m experiments.run"
 
@@ -34,6 +35,9 @@ _FLAGS = {
   "config.FIELD": "sets one field of the config; the fields are listed below",
   "workdir": "directory of the run; an existing one goes on where it stopped",
   "dry_run": "print the config, every weight's treatment and the bytes, and stop",
+  "list": "of a config with sweep(): name the trials, how they stand, what they share, and stop",
+  "index": "of a config with sweep(): run one trial, by its place, as an array job does",
+  "ray": "of a config with sweep(): send the trials to the Ray cluster at $RAY_ADDRESS, or here",
   "help": "print this text and stop; after --config, with that file's values",
 }
 
@@ -47,16 +51,24 @@ class Arguments:
   """What the command line asks for.
 
   Attributes:
-    config: complete and checked.
+    config: complete and checked; of a sweep, what its trials differ from.
     config_file: path it came from, as typed.
     workdir: directory of the run, as typed, or None.
     dry_run: describe the run instead of running it.
+    trials: of the config's `sweep()`, or None where it has none.
+    list: name the trials instead of running them.
+    index: of the only trial to run, or None.
+    ray: run the trials on a Ray cluster.
   """
 
   config: config_lib.ExperimentConfig
   config_file: str
   workdir: str | None
   dry_run: bool
+  trials: tuple[sweeps.Trial, ...] | None = None
+  list: bool = False
+  index: int | None = None
+  ray: bool = False
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -89,17 +101,52 @@ def _parse(argv: Sequence[str]) -> Arguments:
     if (text := values[f"config.{path}"]) is not None
   }
   if values["help"]:
-    draft = config_lib.defaults() if config_file is None else load(config_file)
+    draft = config_lib.defaults() if config_file is None else load(config_file)[0]
     print(_help(draft, config_file))
     raise SystemExit(0)
   if config_file is None:
     raise UsageError(f"--config: missing; {_FLAGS['config']}")
-  return Arguments(
-    config=config_lib.from_config_dict(load(config_file), overrides),
+  draft, sweep = load(config_file)
+  arguments = Arguments(
+    config=config_lib.from_config_dict(draft, overrides),
     config_file=config_file,
     workdir=values["workdir"],
     dry_run=values["dry_run"],
+    trials=None if sweep is None else _trials(config_file, draft, sweep, overrides),
+    list=values["list"],
+    index=values["index"],
+    ray=values["ray"],
   )
+  _check_sweep(arguments)
+  return arguments
+
+
+def _trials(
+  config_file: str,
+  draft: ml_collections.ConfigDict,
+  sweep: Callable[[], Iterable[Mapping[str, Any]]],
+  overrides: Mapping[str, Any],
+) -> tuple[sweeps.Trial, ...]:
+  try:
+    return tuple(sweeps.resolve(draft, sweep(), overrides))
+  except config_lib.ConfigError:
+    raise
+  except Exception as error:
+    raise UsageError(_blame(config_file, error)) from None
+
+
+def _check_sweep(arguments: Arguments) -> None:
+  if arguments.trials is None:
+    for name in ("list", "index", "ray"):
+      given = getattr(arguments, name)
+      if given is not None and given is not False:  # --index=0 is equal to False
+        raise UsageError(f"--{name}: {arguments.config_file} has no sweep(), so it is one trial")
+    return
+  count = len(arguments.trials)
+  if arguments.index is not None and not 0 <= arguments.index < count:
+    raise UsageError(f"--index: {arguments.index}; the sweep's trials are 0 to {count - 1}")
+  if arguments.ray and arguments.index is not None:
+    raise UsageError("--index: with --ray, which runs all trials; give one of the two")
 
 
 def _split(argv: Sequence[str]) -> dict[str, Any]:
@@ -109,6 +156,9 @@ def _split(argv: Sequence[str]) -> dict[str, Any]:
   flags.DEFINE_string("config", None, _FLAGS["config"], flag_values=values)
   flags.DEFINE_string("workdir", None, _FLAGS["workdir"], flag_values=values)
   flags.DEFINE_boolean("dry_run", False, _FLAGS["dry_run"], flag_values=values)
+  flags.DEFINE_boolean("list", False, _FLAGS["list"], flag_values=values)
+  flags.DEFINE_integer("index", None, _FLAGS["index"], flag_values=values)
+  flags.DEFINE_boolean("ray", False, _FLAGS["ray"], flag_values=values)
   flags.DEFINE_boolean("help", False, _FLAGS["help"], short_name="h", flag_values=values)
   for path, field in config_lib.fields().items():
     flags.DEFINE_string(f"config.{path}", None, field.help, flag_values=values)
@@ -123,13 +173,15 @@ def _split(argv: Sequence[str]) -> dict[str, Any]:
         type_name = config_lib.fields()[path].type_name
         raise UsageError(f"--{name}: only a bool is switched off; {path} is {type_name}") from None
       raise config_lib.unknown_field(path) from None
-    near = difflib.get_close_matches(name, ["config", "workdir", "dry_run", "help"], n=1)
+    known = [flag for flag in _FLAGS if "." not in flag]
+    near = difflib.get_close_matches(name, known, n=1)
     # `--lora.rank=8`, where `--config.lora.rank=8` is right
     near = near or [f"config.{name}" for path in config_lib.fields() if path == name]
     meant = f"did you mean --{near[0]}?" if near else "--help lists what there is"
     raise UsageError(f"--{name}: no such flag; {meant}") from None
-  except flags.IllegalFlagValueError as error:  # of a bool: all others are strings to absl
-    raise UsageError(f"{str(error).partition(': ')[0]}; true or false is needed") from None
+  except flags.IllegalFlagValueError as error:  # of a bool or --index: all others are strings
+    needed = "a number" if "--index" in str(error) else "true or false"
+    raise UsageError(f"{str(error).partition(': ')[0]}; {needed} is needed") from None
   except flags.Error as error:
     raise UsageError(_line(error)) from None
   if rest:
@@ -140,15 +192,17 @@ def _split(argv: Sequence[str]) -> dict[str, Any]:
   return values.flag_values_dict()
 
 
-def load(config_file: str) -> ml_collections.ConfigDict:
-  """Runs a config file and returns its draft.
+def load(
+  config_file: str,
+) -> tuple[ml_collections.ConfigDict, Callable[[], Iterable[Mapping[str, Any]]] | None]:
+  """Runs a config file.
 
   Args:
     config_file: path of a Python file whose `get_config()` returns a `ConfigDict` or an
       `ExperimentConfig`.
 
   Returns:
-    The draft, not yet checked.
+    The draft, not yet checked, and `sweep`, or None where the file defines none.
 
   Raises:
     UsageError: there is no such file, it does not run, or it has no `get_config()`; the message
@@ -165,12 +219,13 @@ def load(config_file: str) -> ml_collections.ConfigDict:
     draft = get_config()
   except Exception as error:
     raise UsageError(_blame(config_file, error)) from None
+  sweep = getattr(module, "sweep", None)
   if isinstance(draft, config_lib.ExperimentConfig):
-    return config_lib.to_config_dict(draft)
+    return config_lib.to_config_dict(draft), sweep
   if not isinstance(draft, ml_collections.ConfigDict):
     rule = "get_config() returns a ConfigDict, such as qlora_jax.config.defaults()"
     raise UsageError(f"{config_file}: {type(draft).__name__}; {rule}")
-  return draft
+  return draft, sweep
 
 
 def _module(config_file: str) -> types.ModuleType:

@@ -1,10 +1,13 @@
-"""Trains what a config describes.
+"""Trains what a config describes, or all trials of its sweep.
 
   python -m experiments.run --config configs/quickstart.py [--workdir DIR] [--config.lora.rank=8 …]
 
 `--dry_run` prints the resolved config, the treatment of each weight and the bytes needed;
 `--help` lists every field. A run that was stopped, by whatever, goes on when the same command is
 given again.
+
+Of a config with `sweep()`, every trial that is not finished runs; `--list` names them, `--index 3`
+runs one, `--ray` sends them to a cluster (see experiments/sweep.py).
 """
 
 import shlex
@@ -21,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
 
   Returns:
     The exit status: 0, 2 for what the user can mend, 1 for a run that failed, and
-    128 + the signal's number where one stopped it.
+    128 + the signal's number where one stopped it; of a sweep 1 where trials failed.
   """
   arguments = command_line.parse(argv)
   previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -55,14 +58,25 @@ def _run(arguments: command_line.Arguments, argv: Sequence[str]) -> int:
   if arguments.dry_run:
     # A dry run must not take the accelerator from whoever is using it.
     jax.config.update("jax_platforms", "cpu")
-  from experiments import trial
+  from experiments import sweep, trial
   from qlora_jax.train import Interrupted, NonFiniteLossError
 
   workdir = Path(arguments.workdir or f"runs/{config.name}")
   try:
-    if arguments.dry_run:
-      print(trial.dry_run(config))
+    trials, index = arguments.trials, arguments.index
+    if trials is not None and arguments.list:
+      print(sweep.listing(config.name, trials, workdir))
       return 0
+    if arguments.dry_run:
+      print(trial.dry_run(config if trials is None or index is None else trials[index].config))
+      return 0
+    if trials is not None:
+      if arguments.ray:
+        outcome = sweep.run_on_ray(config.name, trials, workdir)
+      else:
+        outcome = sweep.run(config.name, trials, workdir, index)
+      print(f"{outcome}\nWritten to {workdir}")
+      return 1 if outcome.failed or (index is not None and outcome.elsewhere) else 0
     summary = trial.run(config, workdir)
   except Interrupted as stopped:
     saved = "and saved" if stopped.saved else "of the base's training, which starts again"
@@ -74,12 +88,15 @@ def _run(arguments: command_line.Arguments, argv: Sequence[str]) -> int:
       file=sys.stderr,
     )
     return 1
-  except (trial.RunDirectoryError, ValueError, OSError) as error:
+  except (trial.RunDirectoryError, ImportError, ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   print(trial.closing_table(config, summary, workdir))
   print("\nTo try next:")
-  for override, suffix in (("lora.rank=2", "rank2"), ("quantization.codebook=int4", "int4")):
+  other_base = ("quantization.codebook=int4", "int4")
+  if not config.model.quantize:
+    other_base = ("model.quantize=True", "4bit")
+  for override, suffix in (("lora.rank=2", "rank2"), other_base):
     following = [*_without(argv, f"--config.{override.split('=')[0]}", "--workdir")]
     following += [f"--config.{override}", f"--workdir=runs/{config.name}-{suffix}"]
     print(f"  {_command(following)}")

@@ -7,26 +7,33 @@ A run directory holds
   checkpoints/      adapters, optimizer, data position
   adapter/          the trained adapter, in PEFT's format
   lora_16bit/       the same of 16-bit LoRA, where `train.compare_16bit`
+  initialized/      base and adapters at step 0, where `lora.init` takes these out of the base;
+                    of EVA the adapters alone
   summary.json      the closing table as numbers, device, versions, seed, git state
+
+Where `model.quantize` is False the run is one of 16-bit LoRA, in the same places.
 """
 
 import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from experiments.base import architecture, trained_base
 from qlora_jax import (
+  calibration,
   codebooks,
   data,
   environment,
   hf,
   lora,
+  lora_init,
   memory,
   optimizers,
   synthetic,
@@ -38,15 +45,45 @@ from qlora_jax.config import ExperimentConfig
 from qlora_jax.evaluate import held_out_loss
 from qlora_jax.fingerprint import fingerprint
 from qlora_jax.hf import checkpoint as hf_checkpoint
-from qlora_jax.hf.files import read_json
+from qlora_jax.hf.files import new_directory, read_json
 from qlora_jax.metrics import METRICS_FILE, MetricsWriter, write_whole
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantization import QuantizationConfig
 from qlora_jax.train import SignalGuard, TrainState, fit, init_state, make_train_step
 
+T = TypeVar("T")
+
+# (config, model, frozen, state after the last step, held-out rows) → what a sweep wants to know.
+Measure = Callable[[ExperimentConfig, Transformer, Any, TrainState, data.Dataset], dict[str, Any]]
+
+
+_INITIALIZED, _PARAMS = "initialized", "params.npz"
+
 
 class RunDirectoryError(ValueError):
   """A run directory that cannot be used; one line says why."""
+
+
+class Shared:
+  """What the trials of one process have in common, and it makes once.
+
+  Rows of text, bases, and train steps: a step that is made again is traced and compiled again.
+  """
+
+  def __init__(self):
+    self._held: dict[str, dict[Hashable, Any]] = {}
+
+  def once(self, kind: str, key: Hashable, make: Callable[[], T], keep: int = 1) -> T:
+    """`make()`, or what it gave for this `key` before; the `keep` used last of a kind are held."""
+    held = self._held.setdefault(kind, {})
+    if key in held:
+      value = held.pop(key)
+    else:
+      while len(held) >= keep:  # first: two bases may fit in memory where three do not
+        del held[next(iter(held))]
+      value = make()
+    held[key] = value  # the last in order is the one used last
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +127,7 @@ def prepare_directory(workdir: Path, config: ExperimentConfig) -> None:
       differences = config_lib.differences(before, config)
       # One that failed before its first step (a path mistyped, say) has nothing to protect.
       if differences and not (workdir / METRICS_FILE).exists():
+        shutil.rmtree(workdir / _INITIALIZED, ignore_errors=True)
         _write_json(path, config_lib.to_json_dict(config))
       elif differences:
         raise RunDirectoryError(
@@ -175,7 +213,7 @@ def load_rows(config: ExperimentConfig, base: Path, vocab_size: int) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What one training gave: losses before and after, and its sizes in bytes."""
+  """What one training gave: losses before and after, its sizes in bytes, what `measure` found."""
 
   loss_before: float
   loss_after: float
@@ -185,6 +223,7 @@ class Stage:
   optimizer_bytes: int
   trained_parameters: int
   seconds_this_process: float
+  measured: dict[str, Any] | None
 
 
 def run_stage(
@@ -195,12 +234,16 @@ def run_stage(
   *,
   quantization: QuantizationConfig | None,
   description: str,
+  shared: Shared,
+  measure: Measure | None = None,
 ) -> Stage:
   """Loads the base, trains adapters on it from the last checkpoint on, evaluates, saves them."""
   started = time.monotonic()
-  model, frozen, optimizer, state = _start(config, base, quantization)
-  train = config.train
   directory.mkdir(parents=True, exist_ok=True)
+  model, frozen, optimizer, state = _start(config, base, quantization, directory, shared, rows)
+  # A step takes over the memory of the params.
+  initial = jax.tree.map(np.array, state.params) if config.lora.changes_base else None
+  train = config.train
   # Orbax writes a new checkpoint before it drops the oldest.
   check_disk(directory, (train.keep_checkpoints + 1) * tree_paths.tree_bytes(state))
 
@@ -222,12 +265,23 @@ def run_stage(
       evaluated[step] = loss(state.params, state.constants)
     return evaluated[step]
 
-  loss_before = loss({}, {})
+  frozen_name = fingerprint(frozen)
+  if config.lora.changes_base:
+    # The base is not whole without what the adapters took out of it.
+    loss_before = loss(state.params, state.constants)
+  else:
+    # Of each base once: trials of other ranks and seeds start from the same loss.
+    loss_before = shared.once(
+      "loss_before",
+      (model, frozen_name, base, config.data, train.eval_batch_size, train.loss_chunk),
+      lambda: loss({}, {}),
+      keep=1000,
+    )
   with (
     Checkpoints(
       directory / "checkpoints",
       keep=train.keep_checkpoints,
-      base_fingerprint=fingerprint(frozen),
+      base_fingerprint=frozen_name,
     ) as checkpoints,
     SignalGuard() as guard,
   ):
@@ -241,7 +295,12 @@ def run_stage(
         writer.write(0, {"held_out_loss": loss_before})
       state = fit(
         state,
-        train_step=make_train_step(model, optimizer, train.loss_chunk),
+        train_step=shared.once(
+          "train_step",
+          (model, config.optimizer, train.steps, train.loss_chunk),
+          lambda: make_train_step(model, optimizer, train.loss_chunk),
+          keep=16,
+        ),
         frozen=frozen,
         batches=_Batches(rows.train, config),
         cfg=train,
@@ -254,7 +313,7 @@ def run_stage(
       )
   adapter = directory / "adapter"
   if not adapter.exists():
-    save_adapter(adapter, config, base, model, frozen, state)
+    save_adapter(adapter, config, base, model, frozen, state, initial)
   bits = memory.quantized_bits(frozen)
   return Stage(
     loss_before=loss_before,
@@ -265,24 +324,119 @@ def run_stage(
     optimizer_bytes=tree_paths.tree_bytes(state.opt_state),
     trained_parameters=lora.count(state.params, state.constants),
     seconds_this_process=time.monotonic() - started,
+    measured=(None if measure is None else measure(config, model, frozen, state, rows.held_out)),
   )
 
 
 def _start(
-  config: ExperimentConfig, base: Path, quantization: QuantizationConfig | None
+  config: ExperimentConfig,
+  base: Path,
+  quantization: QuantizationConfig | None,
+  directory: Path,
+  shared: Shared,
+  rows: Rows | None = None,
 ) -> tuple[Transformer, Any, Any, TrainState]:
   """The model, its base, the optimizer, and the state before the first step."""
-  model, frozen = load_base(config, base, quantization)
   optimizer = optimizers.make(config.optimizer, config.train.steps)
-  params, constants = lora.init(jax.random.key(config.seed), frozen, config.lora)
+  if config.lora.changes_base:
+    model, frozen, params, constants = _initialized(
+      config, base, quantization, directory, shared, rows
+    )
+  elif config.lora.init == "eva":
+    model, frozen = load_base(config, base, quantization, shared)
+    params, constants = _eva(config, model, frozen, directory, rows)
+  else:
+    model, frozen = load_base(config, base, quantization, shared)
+    params, constants = lora.init(jax.random.key(config.seed), frozen, config.lora)
   state = init_state(params, constants, optimizer, seed=config.seed, dtype=model.dtype)
   return model, frozen, optimizer, state
 
 
+def _initialized(
+  config: ExperimentConfig,
+  base: Path,
+  quantization: QuantizationConfig | None,
+  directory: Path,
+  shared: Shared,
+  rows: Rows | None,
+) -> tuple[Transformer, Any, Any, Any]:
+  """Model, base, params and constants of an init that changes the base; made once.
+
+  They are kept, since a decomposition that is made again may differ in its last bits, and a run
+  that was stopped goes on to the same numbers.
+  """
+  kept = directory / _INITIALIZED
+  if not kept.exists():
+    gradients = None
+    if config.lora.init == "lora_ga":
+      gradients = calibration.weight_gradients(
+        *load_base(config, base, quantization, shared),
+        config.lora,
+        _calibration_batches(config, rows),
+        config.train.loss_chunk,
+      )
+    model, frozen, params, _ = hf.initialize(
+      jax.random.key(config.seed),
+      base,
+      quantization,
+      config.lora,
+      dtype=config.model.dtype,
+      storage_dtype=config.model.storage_dtype,
+      gradients=gradients,
+    )
+    check_disk(directory, tree_paths.tree_bytes((frozen, params)))
+    with new_directory(kept) as temporary:
+      hf.save_base(temporary / "base", model, frozen)
+      np.savez(temporary / _PARAMS, **tree_paths.leaves(params))
+    del model, frozen, params
+  model, frozen = hf.load(kept / "base", dtype=config.model.dtype, remat=config.model.remat)
+  return model, frozen, _kept_params(kept), lora.constants(frozen, config.lora)
+
+
+def _eva(
+  config: ExperimentConfig, model: Transformer, frozen: Any, directory: Path, rows: Rows | None
+) -> tuple[Any, Any]:
+  """Params and constants of EVA; kept, as those of `_initialized`, with the ranks that it chose."""
+  kept = directory / _INITIALIZED
+  if not kept.exists():
+    moments = calibration.second_moments(
+      model, frozen, config.lora, _calibration_batches(config, rows)
+    )
+    params, _, chosen = lora_init.eva(jax.random.key(config.seed), frozen, config.lora, moments)
+    with new_directory(kept) as temporary:
+      np.savez(temporary / _PARAMS, **tree_paths.leaves(params))
+      _write_json(temporary / "lora.json", dataclasses.asdict(chosen))
+  return _kept_params(kept), lora.constants(
+    frozen, lora.LoRAConfig(**read_json(kept / "lora.json"))
+  )
+
+
+def _calibration_batches(
+  config: ExperimentConfig, rows: Rows | None
+) -> list[dict[str, np.ndarray]]:
+  assert rows is not None, "a run with a checkpoint has kept what it started from"
+  batches = _Batches(rows.train, config)
+  return [batches.batch(step) for step in range(config.lora.calibration_batches)]
+
+
+def _kept_params(kept: Path) -> Any:
+  with np.load(kept / _PARAMS) as file:
+    return tree_paths.nest({path: jax.numpy.asarray(file[path]) for path in file})
+
+
 def save_adapter(
-  path: Path, config: ExperimentConfig, base: Path, model: Transformer, frozen: Any, state: Any
+  path: Path,
+  config: ExperimentConfig,
+  base: Path,
+  model: Transformer,
+  frozen: Any,
+  state: Any,
+  initial: Any,
 ) -> None:
-  """Writes the adapter of a training, as PEFT keeps them, with what it was trained by."""
+  """Writes the adapter of a training, as PEFT keeps them, with what it was trained by.
+
+  It is for the original base, also where training had another: see `lora.plain`.
+  """
   hf.save_adapter(
     path,
     state.params,
@@ -290,6 +444,7 @@ def save_adapter(
     config.lora,
     model=model,
     frozen=frozen,
+    initial=initial,
     base_model_name=str(base),
     card={
       "run": config.name,
@@ -297,7 +452,9 @@ def save_adapter(
       "sequence length": config.data.seq_len,
       "sequences a step": config.train.batch_size * config.train.accumulate_steps,
       "learning rate": config.optimizer.learning_rate,
-      "base stored as": _storage(config.quantization),
+      "variant": config.lora.variant,
+      "initialization": config.lora.init,
+      "base stored as": storage(config.base_quantization),
       "computed in": config.model.dtype,
       "seed": config.seed,
     },
@@ -317,8 +474,9 @@ def export_adapter(workdir: Path, path: Path) -> int:
   if not (workdir / "checkpoints").is_dir():
     raise RunDirectoryError(f"{workdir}: no run with checkpoints")
   config = config_lib.from_json_dict(read_json(workdir / "config.json"))
-  base = Path(config.model.path) if config.model.path else trained_base(config.pretrain)
-  model, frozen, _, state = _start(config, base, config.quantization)
+  base = base_directory(config)
+  model, frozen, _, state = _start(config, base, config.base_quantization, workdir, Shared())
+  initial = state.params if config.lora.changes_base else None
   with Checkpoints(
     workdir / "checkpoints",
     keep=config.train.keep_checkpoints,
@@ -327,33 +485,54 @@ def export_adapter(workdir: Path, path: Path) -> int:
     state = checkpoints.restore(state)
   if state is None:
     raise RunDirectoryError(f"{workdir}: no checkpoint yet")
-  save_adapter(path, config, base, model, frozen, state)
+  save_adapter(path, config, base, model, frozen, state, initial)
   return int(state.step)
 
 
-def _storage(quantization: QuantizationConfig | None) -> str:
-  """How a base is stored, for a model card."""
+def storage(quantization: QuantizationConfig | None) -> str:
+  """How a base is stored, in words."""
   if quantization is None:
     return "16 bits"
   nested = ", double quantization" if quantization.double_quantization else ""
   return f"{quantization.codebook}, blocks of {quantization.block_size}{nested}"
 
 
+def base_directory(config: ExperimentConfig) -> Path:
+  """Where the base is: `model.path`, or that of the one trained for `pretrain`."""
+  return Path(config.model.path) if config.model.path else trained_base(config.pretrain)
+
+
 def load_base(
-  config: ExperimentConfig, base: Path, quantization: QuantizationConfig | None
+  config: ExperimentConfig, base: Path, quantization: QuantizationConfig | None, shared: Shared
 ) -> tuple[Transformer, Any]:
   """The model and its frozen tree, quantized or, with None, as stored."""
-  return hf.load(
-    base,
-    quantization,
-    dtype=config.model.dtype,
-    storage_dtype=config.model.storage_dtype,
-    remat=config.model.remat,
+  return shared.once(
+    "base",
+    (base, quantization, config.model.dtype, config.model.storage_dtype, config.model.remat),
+    lambda: hf.load(
+      base,
+      quantization,
+      dtype=config.model.dtype,
+      storage_dtype=config.model.storage_dtype,
+      remat=config.model.remat,
+    ),
+    keep=2,  # the quantized one, and the one in 16 bits that it is compared with
   )
 
 
-def run(config: ExperimentConfig, workdir: Path) -> dict[str, Any]:
+def run(
+  config: ExperimentConfig,
+  workdir: Path,
+  shared: Shared | None = None,
+  measure: Measure | None = None,
+) -> dict[str, Any]:
   """Runs a trial, or what is left of it, and returns its summary.
+
+  Args:
+    config: of the trial.
+    workdir: its run directory.
+    shared: given by a sweep, whose trials use it in turn.
+    measure: of each trained model; what it returns stands in the summary under "measured".
 
   Raises:
     RunDirectoryError, ValueError, OSError: see `prepare_directory`, `hf.load`, `data`.
@@ -364,30 +543,50 @@ def run(config: ExperimentConfig, workdir: Path) -> dict[str, Any]:
   if path.exists():
     print(f"{workdir}: this run is finished; its table again")
     return read_json(path)
-  base = Path(config.model.path) if config.model.path else trained_base(config.pretrain)
-  rows = load_rows(config, base, hf_checkpoint.read_config(base).vocab_size)
-
-  qlora = run_stage(
-    config, base, rows, workdir, quantization=config.quantization, description="QLoRA"
+  shared = Shared() if shared is None else shared
+  base = base_directory(config)
+  rows = shared.once(
+    "rows",
+    (config.data, base),
+    lambda: load_rows(config, base, hf_checkpoint.read_config(base).vocab_size),
   )
   summary: dict[str, Any] = {
     "name": config.name,
     "seed": config.seed,
     "base": str(base),
-    "qlora": dataclasses.asdict(qlora),
+    "qlora": None,
     "lora_16bit": None,
     "environment": environment.describe(),
   }
-  if config.train.compare_16bit:
-    full = run_stage(
-      config,
-      base,
-      rows,
-      workdir / "lora_16bit",
-      quantization=None,
-      description=f"{_bits(config)}-bit LoRA",
+
+  def stage(
+    directory: Path,
+    quantization: QuantizationConfig | None,
+    description: str,
+    config: ExperimentConfig = config,
+  ):
+    return dataclasses.asdict(
+      run_stage(
+        config,
+        base,
+        rows,
+        directory,
+        quantization=quantization,
+        description=description,
+        shared=shared,
+        measure=measure,
+      )
     )
-    summary["lora_16bit"] = dataclasses.asdict(full)
+
+  full = f"{_bits(config)}-bit LoRA"
+  if config.base_quantization is None:
+    summary["lora_16bit"] = stage(workdir, None, full)
+  else:
+    summary["qlora"] = stage(workdir, config.base_quantization, "QLoRA")
+  if config.train.compare_16bit:
+    # Plain, whatever the init: what quantizing cost and an init wins back is measured by it.
+    plain = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init="lora"))
+    summary["lora_16bit"] = stage(workdir / "lora_16bit", None, full, plain)
   _write_json(path, summary)
   return summary
 
@@ -400,8 +599,6 @@ def closing_table(config: ExperimentConfig, summary: dict[str, Any], workdir: Pa
   """The table that a run ends with, and what to try next."""
   qlora, full = summary["qlora"], summary["lora_16bit"]
   bits = _bits(config)
-  code_bits = codebooks.get(config.quantization.codebook, config.quantization.block_size).bits
-  small = f"{config.quantization.codebook}, block {config.quantization.block_size}"
   lines: list[tuple[str, ...]] = [
     ("", "held-out loss", "bits a weight", "base", "adapter", "optimizer")
   ]
@@ -420,10 +617,16 @@ def closing_table(config: ExperimentConfig, summary: dict[str, Any], workdir: Pa
 
   if full:
     row(f"{bits}-bit base", full, full["loss_before"], False)
-  row(f"{code_bits}-bit base ({small})", qlora, qlora["loss_before"], False)
-  row(f"after QLoRA, rank {config.lora.rank}", qlora, qlora["loss_after"], True)
+  if qlora:
+    quantization = config.quantization
+    code_bits = codebooks.get(quantization.codebook, quantization.block_size).bits
+    small = f"{quantization.codebook}, block {quantization.block_size}"
+    start = f", {config.lora.init} adapters" if config.lora.changes_base else ""
+    row(f"{code_bits}-bit base ({small}){start}", qlora, qlora["loss_before"], False)
+    row(f"after QLoRA, rank {config.lora.rank}", qlora, qlora["loss_after"], True)
   if full:
-    row(f"after {bits}-bit LoRA, same data", full, full["loss_after"], True)
+    same = ", same data" if qlora else f", rank {config.lora.rank}"
+    row(f"after {bits}-bit LoRA{same}", full, full["loss_after"], True)
   widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
   text = [
     "  ".join(
@@ -438,7 +641,7 @@ def closing_table(config: ExperimentConfig, summary: dict[str, Any], workdir: Pa
     "Held-out loss is in nats a token: lower is better. Bits a weight count codes, scales and",
     "tables of the quantized layers; base counts the whole model, its embeddings too.",
     f"Written to {workdir}: config.json, summary.json, metrics.jsonl, tensorboard/, checkpoints/, "
-    f"adapter/{', lora_16bit/' if full else ''}",
+    f"adapter/{', lora_16bit/' if qlora and full else ''}",
     f"The base is in {summary['base']}",
   ]
   return "\n".join(text)
@@ -459,13 +662,14 @@ def dry_run(config: ExperimentConfig) -> str:
     shape = architecture(config.pretrain)
   model = Transformer(shape, dtype=np.dtype(config.model.dtype), remat=config.model.remat)
   frozen = hf_checkpoint.abstract_base(
-    model, hf_checkpoint.default_rules(config.quantization), config.model.storage_dtype
+    model, hf_checkpoint.default_rules(config.base_quantization), config.model.storage_dtype
   )
   train = config.train
   counted = memory.footprint(
     model,
     frozen,
-    config.lora,
+    # Shapes are those of plain LoRA, whatever the values start as.
+    dataclasses.replace(config.lora, init="lora"),
     optimizers.make(config.optimizer, train.steps),
     batch_shape=(train.accumulate_steps, train.batch_size, config.data.seq_len),
     packed_rows=config.data.packing,

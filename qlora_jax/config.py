@@ -92,15 +92,18 @@ class ModelConfig(_Section):
 
   Attributes:
     path: Hugging Face directory (config.json, safetensors), or None to train a base (`pretrain`).
+    quantize: as `quantization` says; False keeps every weight in `storage_dtype`: 16-bit LoRA.
     dtype: of activations and products.
     storage_dtype: of the weights that are not quantized (norms, embeddings, and all in 16 bits).
-    remat: what the backward pass computes again: all of a layer (full), or nothing (none).
+    remat: what the backward pass computes again: all of a layer (full; offload: its input waits in
+      the host's memory), its MLP (mlp), norms and activations (elementwise), nothing (none).
   """
 
   path: str | None = None
+  quantize: bool = True
   dtype: FloatDType = "bfloat16"
   storage_dtype: FloatDType = "bfloat16"
-  remat: Literal["full", "none"] = "full"
+  remat: Literal["offload", "full", "mlp", "elementwise", "none"] = "full"
 
   _name: typing.ClassVar[str] = "model"
 
@@ -226,6 +229,7 @@ class OptimizerConfig(_Section):
     b2: decay of the second moment.
     eps: added to the root of the second moment.
     clip_norm: largest global norm of a gradient, or None.
+    lora_plus_ratio: LoRA+'s λ: the learning rate of B is so many times that of A.
   """
 
   learning_rate: float = 2e-4
@@ -236,11 +240,12 @@ class OptimizerConfig(_Section):
   b2: float = 0.999
   eps: float = 1e-8
   clip_norm: float | None = 1.0
+  lora_plus_ratio: float = 1.0
 
   _name: typing.ClassVar[str] = "optimizer"
 
   def _check(self) -> None:
-    self._positive("learning_rate", "eps")
+    self._positive("learning_rate", "eps", "lora_plus_ratio")
     self._at_least(0, "warmup_steps")
     decay = self.weight_decay
     self._require(math.isfinite(decay) and decay >= 0, "weight_decay", "a finite number, 0 or more")
@@ -354,6 +359,30 @@ class ExperimentConfig(_Section):
       self.optimizer.warmup_steps,
       f"below train.steps = {self.train.steps}",
     )
+    _require(
+      self.model.quantize or not self.train.compare_16bit,
+      "train.compare_16bit",
+      True,
+      "model.quantize is False, so the run itself is the 16-bit one: set this to False",
+    )
+
+    _require(
+      self.optimizer.lora_plus_ratio == 1 or not self.lora.has_fixed_matrices,
+      "optimizer.lora_plus_ratio",
+      self.optimizer.lora_plus_ratio,
+      f"lora.variant = {self.lora.variant!r} trains no B: set this to 1",
+    )
+    _require(
+      self.lora.init != "loftq" or self.model.quantize,
+      "lora.init",
+      "loftq",
+      "model.quantize is False, so there is no quantization error to make up for",
+    )
+
+  @property
+  def base_quantization(self) -> QuantizationConfig | None:
+    """How the base is quantized; None where it is not."""
+    return self.quantization if self.model.quantize else None
 
 
 # --- What the dataclasses say of themselves -------------------------------------------------------

@@ -32,7 +32,13 @@ def override(**overrides) -> ExperimentConfig:
 EVERYTHING_CHANGED = {
   "name": "other-name.1",
   "seed": 3,
-  "model": {"path": None, "dtype": "float16", "storage_dtype": "float32", "remat": "none"},
+  "model": {
+    "path": None,
+    "quantize": False,
+    "dtype": "float16",
+    "storage_dtype": "float32",
+    "remat": "none",
+  },
   "pretrain": {
     "steps": 7,
     "batch_size": 3,
@@ -65,7 +71,14 @@ EVERYTHING_CHANGED = {
     "dropout": 0.25,
     "rank_pattern": {"*/q": 2, "layers/*/a.b": 3},
     "alpha_pattern": {"*/attn/*": 4.0},
-    "use_dora": True,
+    "variant": "dora",
+    "init": "pissa",
+    "loftq_iterations": 2,
+    "loftq_ignores_scaling": True,
+    "lora_ga_gamma": 64.0,
+    "eva_rho": 3.0,
+    "calibration_batches": 2,
+    "svd_iterations": None,
     "lora_bias": True,
     "modules_to_save": ["head"],
   },
@@ -91,6 +104,7 @@ EVERYTHING_CHANGED = {
     "b2": 0.75,
     "eps": 0.125,
     "clip_norm": None,
+    "lora_plus_ratio": 16.0,
   },
   "train": {
     "steps": 4,
@@ -459,7 +473,7 @@ def test_fields_say_what_they_are():
   assert fields["optimizer.clip_norm"].default == 1.0
   assert fields["optimizer.clip_norm"].help == "largest global norm of a gradient, or None."
   assert fields["lora.rank"].type_name == "int"
-  assert fields["model.remat"].type_name == "'full' | 'none'"
+  assert fields["model.remat"].type_name == "'offload' | 'full' | 'mlp' | 'elementwise' | 'none'"
   assert fields["lora.rank_pattern"].type_name == "dict[str, int]"
   assert all(field.help for field in fields.values()), "a docstring lacks a field"
   assert not any("\n" in field.help or "Raises" in field.help for field in fields.values())

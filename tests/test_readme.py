@@ -87,6 +87,7 @@ def test_the_commands_are_found():
     "configs/quickstart.py",
     "configs/stories.py",
     "configs/quickstart.py",
+    *["configs/ablate.py"] * 3,
   ]
 
 
@@ -100,6 +101,8 @@ def test_bash_blocks(command, tmp_path):
   extra = SHORT if "--dry_run" in command else [*SHORT, "--workdir", str(tmp_path / "run")]
   if "quickstart" in command[4]:
     extra = [*extra, "--config.pretrain.steps=2", "--config.pretrain.num_documents=50"]
+  if "ablate" in command[4]:
+    extra = ["--list"]  # tests/experiments/test_sweep.py runs a sweep
   result = subprocess.run(
     [sys.executable, *command[1:], *extra],
     cwd=ROOT,
@@ -110,4 +113,5 @@ def test_bash_blocks(command, tmp_path):
     check=False,
   )
   assert result.returncode == 0, result.stderr
-  assert ("adapters" if "--dry_run" in command else "after QLoRA, rank 8") in result.stdout
+  expected = "adapters" if "--dry_run" in command else "after QLoRA, rank 8"
+  assert ("trials share the base" if "--list" in extra else expected) in result.stdout

@@ -1,0 +1,425 @@
+"""All trials of a config's `sweep()`: here, one of them (an array job), or on a Ray cluster.
+
+A sweep's directory holds
+
+  sweep.json            its name, and of each trial the index, id, overrides and base
+  trials/ID/            a run directory (see experiments/trial.py), and of each trial
+    log.txt             what it printed
+    error.json          why it failed, where it did
+  bases/ID.json         what experiments/analysis.py measures of a base, once for its trials
+  locks/                who is at work
+
+A trial is known by its resolved config (`sweeps.identity`), so it is finished whatever becomes of
+the grid around it. Trials of one process run base by base and share what they load and compile.
+Any number of processes may work on one directory: a lock that the kernel drops when its process
+ends, however it ends, gives each trial to one of them. A trial that failed is tried again when the
+command is given again.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import tqdm
+
+from experiments import analysis, trial
+from qlora_jax import data, sweeps
+from qlora_jax.config import ExperimentConfig
+from qlora_jax.hf import checkpoint as hf_checkpoint
+from qlora_jax.hf.files import read_json
+from qlora_jax.metrics import write_whole
+from qlora_jax.models.transformer import Transformer
+from qlora_jax.sweeps import Trial
+from qlora_jax.train import Interrupted, TrainState
+
+# Of a Ray worker that died (a machine was taken away). A trial that raised would raise again.
+RAY_RETRIES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Directory:
+  """Where a sweep keeps what.
+
+  Attributes:
+    path: of the sweep.
+  """
+
+  path: Path
+
+  def trial(self, id: str) -> Path:
+    """The run directory of a trial."""
+    return self.path / "trials" / id
+
+  def error(self, id: str) -> Path:
+    """Why a trial failed."""
+    return self.trial(id) / "error.json"
+
+  def base(self, id: str) -> Path:
+    """What was measured of a base."""
+    return self.path / "bases" / f"{id}.json"
+
+  def lock(self, id: str) -> filelock.BaseFileLock:
+    """A lock of the operating system's, by a trial's or a base's id."""
+    folder = self.path / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(folder / f"{id}.lock")
+
+  def finished(self, id: str) -> bool:
+    """Whether a trial has its summary."""
+    return (self.trial(id) / "summary.json").exists()
+
+  def settled(self, id: str, failed_before: dict[str, int]) -> bool:
+    """Whether a trial is finished, or has failed since `failed_before` was taken."""
+    failed = self._failed_at(id)
+    return self.finished(id) or (failed is not None and failed != failed_before.get(id))
+
+  def failures(self, trials: Sequence[Trial]) -> dict[str, int]:
+    """Id → when it failed, for each trial that did, in nanoseconds since 1970."""
+    found = {each.id: self._failed_at(each.id) for each in trials}
+    return {id: at for id, at in found.items() if at is not None}
+
+  def _failed_at(self, id: str) -> int | None:
+    try:
+      return self.error(id).stat().st_mtime_ns
+    except FileNotFoundError:
+      return None
+
+
+def prepare(name: str, trials: Sequence[Trial], workdir: Path) -> Directory:
+  """Makes the sweep's directory, or checks that it is one, and writes down what belongs to it.
+
+  Raises:
+    RunDirectoryError: it holds something else, or cannot be written.
+  """
+  path = workdir / "sweep.json"
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    # What another process, which starts at the same time, may have made by now is ours too.
+    names = {entry.name for entry in workdir.iterdir()} - {"locks", "sweep.json.tmp"}
+    if names and "sweep.json" not in names:
+      raise trial.RunDirectoryError(
+        f"{workdir}: holds files but no sweep.json, so it is no sweep; give another --workdir"
+      )
+    described = {
+      "name": name,
+      "trials": [
+        {
+          "index": each.index,
+          "id": each.id,
+          "overrides": dict(each.overrides),
+          "base": sweeps.base_identity(each.config),
+        }
+        for each in trials
+      ],
+    }
+    directory = Directory(workdir)
+    with directory.lock("sweep"):  # array jobs come all at once
+      _write_json(path, described)
+  except OSError as error:
+    raise trial.RunDirectoryError(f"{workdir}: cannot be written: {error.strerror}") from None
+  return directory
+
+
+def _write_json(path: Path, value: Any) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_whole(path, json.dumps(value, indent=2, default=list) + "\n")
+
+
+def by_base(trials: Sequence[Trial]) -> list[list[Trial]]:
+  """The trials, those that share a base together, in the order of the sweep."""
+  groups: dict[str, list[Trial]] = {}
+  for each in trials:
+    groups.setdefault(sweeps.base_identity(each.config), []).append(each)
+  return list(groups.values())
+
+
+def listing(name: str, trials: Sequence[Trial], workdir: Path) -> str:
+  """Names the trials, how each stands in `workdir`, and what they share; makes nothing."""
+  directory, groups = Directory(workdir), by_base(trials)
+  failed = directory.failures(trials)
+  finished = {each.id for each in trials if directory.finished(each.id)}
+  lines = [
+    f"{name}: {len(trials)} trials on {len(groups)} bases; {len(finished)} finished, "
+    f"{len(failed.keys() - finished)} failed in {workdir}"
+  ]
+  for group in groups:
+    lines += ["", f"{_base(group[0].config)}: {len(group)} trials share the base"]
+    for each in group:
+      state = "finished" if each.id in finished else "failed" if each.id in failed else ""
+      lines.append(f"{each.index:5}  {each.id}  {state:8}  {each.label}")
+  return "\n".join(lines)
+
+
+def _base(config: ExperimentConfig) -> str:
+  source = config.model.path or f"base trained for {config.pretrain.steps} steps"
+  return f"{source}, {trial.storage(config.base_quantization)}, {config.data.seq_len} tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a sweep stands when a process is through with it.
+
+  Attributes:
+    finished: how many trials have their summary.
+    failed: each trial that failed, and its error in one line.
+    elsewhere: trials that another process is at work on.
+  """
+
+  finished: int
+  failed: list[tuple[Trial, str]]
+  elsewhere: list[Trial]
+
+  def __str__(self) -> str:
+    lines = [
+      f"{self.finished} finished, {len(self.failed)} failed, "
+      f"{len(self.elsewhere)} with other processes"
+    ]
+    for each, error in self.failed:
+      lines.append(f"  trial {each.index} ({each.id}: {each.label}): {error}")
+    if self.failed:
+      lines.append("The same command tries the failed ones again.")
+    return "\n".join(lines)
+
+
+def run(name: str, trials: Sequence[Trial], workdir: Path, index: int | None = None) -> Outcome:
+  """Runs the trials that are not finished, or one of them.
+
+  Args:
+    name: of the sweep.
+    trials: all of them.
+    workdir: the sweep's directory.
+    index: of the only trial to run, for array jobs.
+
+  Raises:
+    RunDirectoryError: see `prepare`.
+    train.Interrupted: a signal came; the trial that was running has saved.
+  """
+  directory = prepare(name, trials, workdir)
+  chosen = list(trials) if index is None else [trials[index]]
+  before = directory.failures(chosen)
+  shared, progress = trial.Shared(), _Progress(name, directory, chosen)
+  waiting = [each for group in by_base(chosen) for each in group]
+  # Twice: what another process was at work on may have been dropped by it meanwhile.
+  for _ in range(2):
+    busy: list[Trial] = []
+    for each in waiting:
+      with _ours(directory, each, before) as ours:
+        if ours:
+          progress.starts(each, len(busy))
+          run_trial(directory, each, shared)
+          progress.ended(each)
+        elif not directory.settled(each.id, before):
+          busy.append(each)
+    waiting = busy
+  return outcome(directory, chosen, waiting)
+
+
+def outcome(directory: Directory, trials: Sequence[Trial], elsewhere: list[Trial]) -> Outcome:
+  """How the trials stand on the disk."""
+  finished = {each.id for each in trials if directory.finished(each.id)}
+  skipped = finished | {each.id for each in elsewhere}
+  failed = [
+    (each, read_json(directory.error(each.id))["error"])
+    for each in trials
+    if each.id not in skipped and directory.error(each.id).exists()
+  ]
+  return Outcome(len(finished), failed, elsewhere)
+
+
+@contextlib.contextmanager
+def _ours(directory: Directory, one: Trial, failed_before: dict[str, int]) -> Iterator[bool]:
+  """Holds a trial's lock; gives whether it is to be run: not settled, and no other process's."""
+  if directory.settled(one.id, failed_before):
+    yield False
+    return
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(directory.lock(one.id).acquire(blocking=False))
+    except filelock.Timeout:
+      yield False
+      return
+    # Looked at again under the lock: another process may be through with it by now.
+    yield not directory.settled(one.id, failed_before)
+
+
+def run_trial(directory: Directory, one: Trial, shared: trial.Shared) -> None:
+  """Runs a trial, of which the caller has the lock; an error goes to its error.json."""
+  path = directory.trial(one.id)
+  error = directory.error(one.id)
+  error.unlink(missing_ok=True)
+  try:
+    trial.prepare_directory(path, one.config)
+    with _log(path / "log.txt"):
+      trial.run(one.config, path, shared, _measure(directory, shared))
+  except Interrupted:
+    raise
+  except Exception as reason:
+    _write_json(error, _described(reason))
+
+
+def _described(error: BaseException) -> dict[str, str]:
+  return {
+    "error": " ".join(f"{type(error).__name__}: {error}".split()),
+    "traceback": "".join(traceback.format_exception(error)),
+  }
+
+
+@contextlib.contextmanager
+def _log(path: Path) -> Iterator[None]:
+  """What is printed meanwhile goes to a file."""
+  with open(path, "a", encoding="utf-8") as file:
+    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+      yield
+
+
+def _measure(directory: Directory, shared: trial.Shared) -> trial.Measure:
+  """What experiments/analysis.py makes of each trained model, and once of its base."""
+
+  def measure(
+    config: ExperimentConfig,
+    model: Transformer,
+    frozen: Any,
+    state: TrainState,
+    held_out: data.Dataset,
+  ) -> dict[str, Any]:
+    path = trial.base_directory(config)
+    sizes = {"batch_size": config.train.eval_batch_size, "loss_chunk": config.train.loss_chunk}
+    reference = None
+    # A packed checkpoint has no 16-bit weights to compare with.
+    if hf_checkpoint.is_dense(hf_checkpoint.model_directory(path)):
+      _, reference = trial.load_base(config, path, None, shared)
+    base = sweeps.base_identity(config)
+    with directory.lock(f"base-{base}"):
+      if not directory.base(base).exists():
+        _, plain = trial.load_base(config, path, config.base_quantization, shared)
+        found = analysis.of_base(
+          model, plain, reference, config.base_quantization, held_out, **sizes
+        )
+        _write_json(directory.base(base), found)
+    variables = {"params": state.params, "constants": state.constants, "frozen": frozen}
+    sequences = analysis.by_sequence(model, variables, reference, held_out, **sizes)
+    return {"base": base, "sequences": dataclasses.asdict(sequences)}
+
+  return measure
+
+
+class _Progress:
+  """A line a trial: how many are done, running, failed, the time left, and what it came to."""
+
+  def __init__(self, name: str, directory: Directory, trials: Sequence[Trial]):
+    self._name, self._directory, self._trials = name, directory, trials
+    self._started, self._first = time.monotonic(), self._done()
+
+  def _done(self) -> int:
+    return sum(self._directory.finished(each.id) for each in self._trials)
+
+  def starts(self, one: Trial, elsewhere: int) -> None:
+    """Before `one`; `elsewhere` trials were found with other processes."""
+    print(self._line(one, 1 + elsewhere), end=" ", flush=True)
+
+  def ended(self, one: Trial) -> None:
+    """After `one`, on the line that `starts` began."""
+    print(f"→ {self._result(one)}", flush=True)
+
+  def came(self, one: Trial, running: int) -> None:
+    """After `one`, where several run at once."""
+    print(f"{self._line(one, running)} → {self._result(one)}", flush=True)
+
+  def _line(self, one: Trial, running: int) -> str:
+    done, failed = self._done(), len(self._directory.failures(self._trials))
+    left = ""
+    if done > self._first:
+      each = (time.monotonic() - self._started) / (done - self._first)
+      left = f", {tqdm.tqdm.format_interval((len(self._trials) - done - failed) * each)} left"
+    return (
+      f"{self._name}: {done}/{len(self._trials)} done, {running} running, {failed} failed{left}; "
+      f"trial {one.index} ({one.label})"
+    )
+
+  def _result(self, one: Trial) -> str:
+    if self._directory.finished(one.id):
+      summary = read_json(self._directory.trial(one.id) / "summary.json")
+      stage = summary["qlora"] or summary["lora_16bit"]
+      return f"held-out loss {stage['loss_before']:.4f}, after {stage['loss_after']:.4f}"
+    if self._directory.error(one.id).exists():
+      return read_json(self._directory.error(one.id))["error"]
+    return "with another process"
+
+
+def run_on_ray(name: str, trials: Sequence[Trial], workdir: Path) -> Outcome:
+  """Sends the trials that are not finished to a Ray cluster, and waits for them.
+
+  The cluster is that of `$RAY_ADDRESS`, or one of this machine alone, started here. Its machines
+  see `workdir`, and this repository, under the same paths. A trial asks for one GPU where the
+  cluster has any, else for one CPU core; a worker that runs another one keeps what they share. A
+  trial whose worker dies is sent again, and goes on from its checkpoint.
+
+  Raises:
+    ImportError: Ray is not installed; the message says how to.
+    RunDirectoryError: see `prepare`.
+  """
+  try:
+    import ray  # pyright: ignore[reportMissingImports]
+  except ImportError:
+    raise ImportError("--ray: Ray is not installed: pip install 'qlora_jax[ray]'") from None
+
+  directory = prepare(name, trials, workdir.absolute())
+  before = directory.failures(trials)
+  ours = not ray.is_initialized()
+  if ours:
+    ray.init(logging_level="warning", log_to_driver=False)
+  try:
+    resources = ray.cluster_resources()
+    gpus = 1 if resources.get("GPU") else 0
+    slots = int(resources["GPU" if gpus else "CPU"])
+    remote = ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, max_retries=RAY_RETRIES)(
+      _ray_trial
+    )
+    waiting = {
+      remote.remote(directory.path, each, before): each
+      for group in by_base(trials)
+      for each in group
+      if not directory.finished(each.id)
+    }
+    progress, elsewhere = _Progress(name, directory, trials), []
+    try:
+      while waiting:
+        (first, *_), _ = ray.wait(list(waiting), num_returns=1)
+        each = waiting.pop(first)
+        try:
+          if not ray.get(first):
+            elsewhere.append(each)
+        except ray.exceptions.RayError as error:  # its workers died, once too often
+          _write_json(directory.error(each.id), _described(error))
+        progress.came(each, min(len(waiting), slots) + len(elsewhere))
+    except BaseException:
+      for one in waiting:
+        ray.cancel(one)  # a trial that runs gets a SIGINT, and saves
+      ray.wait(list(waiting), num_returns=len(waiting), timeout=60)
+      raise
+  finally:
+    if ours:
+      ray.shutdown()
+  return outcome(directory, trials, elsewhere)
+
+
+@functools.cache
+def _worker_shared() -> trial.Shared:
+  """Of a Ray worker, which runs one trial after another."""
+  return trial.Shared()
+
+
+def _ray_trial(path: Path, one: Trial, failed_before: dict[str, int]) -> bool:
+  """Runs a trial on a worker; False where another process is at work on it."""
+  directory = Directory(path)
+  with _ours(directory, one, failed_before) as ours:
+    if ours:
+      run_trial(directory, one, _worker_shared())
+  return ours or directory.settled(one.id, failed_before)

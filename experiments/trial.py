@@ -34,6 +34,7 @@ from qlora_jax import (
   hf,
   lora,
   lora_init,
+  matmul,
   memory,
   optimizers,
   synthetic,
@@ -47,8 +48,10 @@ from qlora_jax.fingerprint import fingerprint
 from qlora_jax.hf import checkpoint as hf_checkpoint
 from qlora_jax.hf.files import new_directory, read_json
 from qlora_jax.metrics import METRICS_FILE, MetricsWriter, write_whole
-from qlora_jax.models.transformer import Transformer
+from qlora_jax.models.remat import RematPolicy
+from qlora_jax.models.transformer import Transformer, attention_name
 from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import SignalGuard, TrainState, fit, init_state, make_train_step
 
 T = TypeVar("T")
@@ -213,7 +216,7 @@ def load_rows(config: ExperimentConfig, base: Path, vocab_size: int) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What one training gave: losses before and after, its sizes in bytes, what `measure` found."""
+  """What one training gave: losses, sizes in bytes, what computed it, what `measure` found."""
 
   loss_before: float
   loss_after: float
@@ -223,6 +226,7 @@ class Stage:
   optimizer_bytes: int
   trained_parameters: int
   seconds_this_process: float
+  implementations: dict[str, Any]
   measured: dict[str, Any] | None
 
 
@@ -244,6 +248,14 @@ def run_stage(
   # A step takes over the memory of the params.
   initial = jax.tree.map(np.array, state.params) if config.lora.changes_base else None
   train = config.train
+  batches = _Batches(rows.train, config)
+  if config.model.remat == "auto":
+    policy = shared.once(
+      "remat",
+      (model, fingerprint(frozen), config.optimizer, train, config.data.seq_len, config.lora.rank),
+      lambda: _fastest_remat(config, model, optimizer, (state, frozen, batches.batch(0))),
+    )
+    model = model.clone(remat=policy)
   # Orbax writes a new checkpoint before it drops the oldest.
   check_disk(directory, (train.keep_checkpoints + 1) * tree_paths.tree_bytes(state))
 
@@ -297,12 +309,12 @@ def run_stage(
         state,
         train_step=shared.once(
           "train_step",
-          (model, config.optimizer, train.steps, train.loss_chunk),
-          lambda: make_train_step(model, optimizer, train.loss_chunk),
+          (model, config.optimizer, train.steps, train.loss_chunk, train.z_loss),
+          lambda: make_train_step(model, optimizer, train.loss_chunk, train.z_loss),
           keep=16,
         ),
         frozen=frozen,
-        batches=_Batches(rows.train, config),
+        batches=batches,
         cfg=train,
         learning_rate=optimizers.schedule(config.optimizer, train.steps),
         guard=guard,
@@ -324,8 +336,42 @@ def run_stage(
     optimizer_bytes=tree_paths.tree_bytes(state.opt_state),
     trained_parameters=lora.count(state.params, state.constants),
     seconds_this_process=time.monotonic() - started,
+    implementations=_implementations(config, model, frozen),
     measured=(None if measure is None else measure(config, model, frozen, state, rows.held_out)),
   )
+
+
+def _fastest_remat(
+  config: ExperimentConfig, model: Transformer, optimizer: Any, arguments: tuple[Any, ...]
+) -> RematPolicy:
+  train = config.train
+
+  def make_step(policy: RematPolicy) -> Any:
+    return make_train_step(model.clone(remat=policy), optimizer, train.loss_chunk, train.z_loss)
+
+  policy, needed = memory.fastest_remat(make_step, arguments, memory.device_bytes())
+  tried = ", ".join(f"{each} {_size(size)}" for each, size in needed.items())
+  print(f"remat: {policy}, of {tried}, in {_size(memory.device_bytes())}")
+  return policy
+
+
+def _implementations(config: ExperimentConfig, model: Transformer, frozen: Any) -> dict[str, Any]:
+  """What computed the training's products and attention, and what it computed again."""
+  seq_len = config.data.seq_len
+  packed = [leaf for leaf in jax.tree.leaves(frozen, is_leaf=is_quantized) if is_quantized(leaf)]
+  product = None
+  if packed:
+    # The first matrix of the first stack stands for all.
+    stack = packed[0]
+    first = (0,) * (stack.ndim - 2)
+    w = jax.eval_shape(lambda w: jax.tree.map(lambda x: x[first], w), stack)
+    x = jax.ShapeDtypeStruct((config.train.batch_size, seq_len, w.shape[0]), model.dtype)
+    product = matmul.choose(x, w, model.implementation)
+  return {
+    "matmul": product,
+    "attention": attention_name(model, seq_len, packed=config.data.packing),
+    "remat": model.remat,
+  }
 
 
 def _start(
@@ -389,8 +435,13 @@ def _initialized(
       hf.save_base(temporary / "base", model, frozen)
       np.savez(temporary / _PARAMS, **tree_paths.leaves(params))
     del model, frozen, params
-  model, frozen = hf.load(kept / "base", dtype=config.model.dtype, remat=config.model.remat)
-  return model, frozen, _kept_params(kept), lora.constants(frozen, config.lora)
+  model, frozen = hf.load(kept / "base", dtype=config.model.dtype)
+  return (
+    as_configured(config, model),
+    frozen,
+    _kept_params(kept),
+    lora.constants(frozen, config.lora),
+  )
 
 
 def _eva(
@@ -506,18 +557,23 @@ def load_base(
   config: ExperimentConfig, base: Path, quantization: QuantizationConfig | None, shared: Shared
 ) -> tuple[Transformer, Any]:
   """The model and its frozen tree, quantized or, with None, as stored."""
-  return shared.once(
+  model, frozen = shared.once(
     "base",
-    (base, quantization, config.model.dtype, config.model.storage_dtype, config.model.remat),
+    (base, quantization, config.model.dtype, config.model.storage_dtype),
     lambda: hf.load(
-      base,
-      quantization,
-      dtype=config.model.dtype,
-      storage_dtype=config.model.storage_dtype,
-      remat=config.model.remat,
+      base, quantization, dtype=config.model.dtype, storage_dtype=config.model.storage_dtype
     ),
     keep=2,  # the quantized one, and the one in 16 bits that it is compared with
   )
+  return as_configured(config, model), frozen
+
+
+def as_configured(config: ExperimentConfig, model: Transformer) -> Transformer:
+  """`model` computing as the config says; for remat "auto", which is found later, as "full"."""
+  cfg = config.model
+  remat = "full" if cfg.remat == "auto" else cfg.remat
+  attention = None if cfg.attention == "auto" else cfg.attention
+  return model.clone(remat=remat, attention=attention, mlp_chunk=cfg.mlp_chunk)
 
 
 def run(
@@ -660,7 +716,7 @@ def dry_run(config: ExperimentConfig) -> str:
     shape = hf_checkpoint.read_config(Path(config.model.path))
   else:
     shape = architecture(config.pretrain)
-  model = Transformer(shape, dtype=np.dtype(config.model.dtype), remat=config.model.remat)
+  model = as_configured(config, Transformer(shape, dtype=np.dtype(config.model.dtype)))
   frozen = hf_checkpoint.abstract_base(
     model, hf_checkpoint.default_rules(config.base_quantization), config.model.storage_dtype
   )

@@ -96,19 +96,26 @@ class ModelConfig(_Section):
     dtype: of activations and products.
     storage_dtype: of the weights that are not quantized (norms, embeddings, and all in 16 bits).
     remat: what the backward pass computes again: all of a layer (full; offload: its input waits in
-      the host's memory), its MLP (mlp), norms and activations (elementwise), nothing (none).
+      the host's memory), its MLP (mlp), norms and activations (elementwise), nothing (none); auto:
+      as little as the device's memory lets, found by compiling.
+    attention: how it is computed; auto: by the fastest that serves the case.
+    mlp_chunk: tokens of a row whose wide activations exist at once, for long rows; None for all.
   """
 
   path: str | None = None
   quantize: bool = True
   dtype: FloatDType = "bfloat16"
   storage_dtype: FloatDType = "bfloat16"
-  remat: Literal["offload", "full", "mlp", "elementwise", "none"] = "full"
+  remat: Literal["auto", "offload", "full", "mlp", "elementwise", "none"] = "full"
+  attention: Literal["auto", "plain", "blockwise", "cudnn"] = "auto"
+  mlp_chunk: int | None = None
 
   _name: typing.ClassVar[str] = "model"
 
   def _check(self) -> None:
     self._require(self.path != "", "path", "a directory, or None")
+    if self.mlp_chunk is not None:
+      self._at_least(1, "mlp_chunk")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +276,7 @@ class TrainConfig(_Section):
     checkpoint_every: steps between two checkpoints.
     keep_checkpoints: the last so many stay on disk.
     loss_chunk: tokens whose logits exist at once in the cross entropy.
+    z_loss: what the square of the log of the softmax's sum is weighted by in the loss trained on.
     compare_16bit: also train LoRA on the 16-bit base, same data, for the closing table.
   """
 
@@ -281,6 +289,7 @@ class TrainConfig(_Section):
   checkpoint_every: int = 50
   keep_checkpoints: int = 2
   loss_chunk: int = 1024
+  z_loss: float = 0.0
   compare_16bit: bool = True
 
   _name: typing.ClassVar[str] = "train"
@@ -288,6 +297,8 @@ class TrainConfig(_Section):
   def _check(self) -> None:
     self._at_least(1, "steps", "batch_size", "accumulate_steps", "log_every", "eval_every")
     self._at_least(1, "eval_batch_size", "checkpoint_every", "keep_checkpoints", "loss_chunk")
+    z_loss = self.z_loss
+    self._require(math.isfinite(z_loss) and z_loss >= 0, "z_loss", "a finite number, 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)

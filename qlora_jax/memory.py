@@ -1,6 +1,8 @@
 """What a run will hold, by part, counted before anything is loaded."""
 
 import dataclasses
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import optax
 from qlora_jax import tree_paths
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.lora import init as init_lora
+from qlora_jax.models.remat import REMAT_POLICIES, RematPolicy
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import TrainState, init_state, make_train_step
@@ -88,6 +91,51 @@ def footprint(
     frozen=frozen,
     state=state,
   )
+
+
+def fastest_remat(
+  make_step: Callable[[RematPolicy], Any], arguments: tuple[Any, ...], available: int
+) -> tuple[RematPolicy, dict[RematPolicy, int]]:
+  """The policy that computes least again of those whose step fits, by the compiler's own account.
+
+  Policies are compiled from "none" on, until one fits.
+
+  Args:
+    make_step: the jitted step of a policy.
+    arguments: of the step; arrays or shapes.
+    available: bytes of the device.
+
+  Returns:
+    The policy, and the bytes that each one tried needs: arguments, results and temporaries.
+
+  Raises:
+    ValueError: none fits; the message has each one's bytes.
+  """
+  needed: dict[RematPolicy, int] = {}
+  for policy in reversed(REMAT_POLICIES):
+    analysis = make_step(policy).lower(*arguments).compile().memory_analysis()
+    needed[policy] = (
+      analysis.argument_size_in_bytes
+      + analysis.output_size_in_bytes
+      - analysis.alias_size_in_bytes
+      + analysis.temp_size_in_bytes
+    )
+    if needed[policy] <= available:
+      return policy, needed
+  sizes = ", ".join(f"{policy} {size / 1e9:.2f} GB" for policy, size in needed.items())
+  raise ValueError(
+    f"remat: no policy fits in {available / 1e9:.2f} GB ({sizes}); lower train.batch_size, "
+    "data.seq_len or train.loss_chunk, or set model.mlp_chunk"
+  )
+
+
+def device_bytes() -> int:
+  """Memory that JAX may take of its default device; of a CPU all of the machine's."""
+  device = jax.local_devices()[0]
+  statistics = device.memory_stats() or {}
+  if "bytes_limit" in statistics:
+    return statistics["bytes_limit"]
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def weight_table(frozen: Any, state: TrainState) -> list[tuple[str, str, str, str]]:

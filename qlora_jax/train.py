@@ -148,7 +148,10 @@ def batch_loss(
 
 
 def make_train_step(
-  model: Transformer, optimizer: optax.GradientTransformation, loss_chunk: int = 1024
+  model: Transformer,
+  optimizer: optax.GradientTransformation,
+  loss_chunk: int = 1024,
+  z_loss: float = 0.0,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
   """Builds the jitted `train_step(state, frozen, batch) → (state, metrics)`.
 
@@ -159,8 +162,8 @@ def make_train_step(
   Under float16 the loss is multiplied by a scale; a step whose gradient overflows changes
   nothing but halves the scale and is counted in `skipped`.
 
-  Metrics: `loss` (nats a target), `grad_norm` (before clipping), `targets`, `loss_scale`,
-  `skipped`, all scalars.
+  Metrics: `loss` (nats a target, the z-loss with it), `grad_norm` (before clipping), `targets`,
+  `loss_scale`, `skipped`, all scalars.
   """
   scaled = jnp.dtype(model.dtype) == jnp.float16
 
@@ -172,7 +175,8 @@ def make_train_step(
 
     def loss(params, microbatch, i):
       variables = {"params": params, "constants": state.constants, "frozen": frozen}
-      total = batch_loss(model, variables, microbatch, loss_chunk, jax.random.fold_in(key, i))
+      dropout_key = jax.random.fold_in(key, i)
+      total = batch_loss(model, variables, microbatch, loss_chunk, dropout_key, z_loss)
       return total * share
 
     def accumulate(sums, microbatch):

@@ -1,7 +1,18 @@
 """Four simulated devices on a CPU, strict promotion for our own numerics, the shared folder."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
+
+# Before JAX is imported, which reads it. What one test, worker or process of the suite compiled,
+# the others read: pytest-xdist's workers and the commands that tests run get the environment.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _compiled = tempfile.mkdtemp(prefix="qlora_jax_compiled_")
+  atexit.register(shutil.rmtree, _compiled, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest

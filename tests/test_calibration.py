@@ -26,11 +26,17 @@ CONFIG = TransformerConfig(
 CFG = LoRAConfig(rank=2, targets=("*/attn/q", "layers/1/mlp/down", "head"))
 
 
+@pytest.fixture(scope="module")
+def frozen():
+  model = Transformer(CONFIG, dtype=jnp.float32)
+  return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+
+
 def test_moments_are_those_of_the_inputs():
   """Of the first layer, whose inputs are the normed embeddings; and of the head's."""
   config = dataclasses.replace(CONFIG, tie_embeddings=False)
   model = Transformer(config, dtype=jnp.float32, remat="full")
-  frozen = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+  frozen = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
   ids = np.random.default_rng(0).integers(0, 20, (2, 3, 9)).astype(np.int32)
   batch = {"tokens": ids, "targets": ids, "loss_mask": np.ones(ids.shape, bool)}
   cfg = dataclasses.replace(CFG, targets=("*/attn/[qk]", "head"))
@@ -45,15 +51,15 @@ def test_moments_are_those_of_the_inputs():
     tied = {name: x for name, x in frozen.items() if name != "head"}
     cfg = dataclasses.replace(cfg, targets=("head",))
     calibration.second_moments(Transformer(CONFIG, dtype=jnp.float32), tied, cfg, [batch])
-  hidden = [model.apply({"frozen": frozen}, jnp.asarray(rows), method="hidden") for rows in ids]
+  apply = jax.jit(lambda rows: model.apply({"frozen": frozen}, rows, method="hidden"))
+  hidden = [apply(rows) for rows in ids]
   rows = np.asarray(hidden, np.float64).reshape(-1, 16)
   np.testing.assert_allclose(found["head/kernel"], 2 * rows.T @ rows, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients_are_those_of_the_mean_loss(packed):
+def test_gradients_are_those_of_the_mean_loss(frozen, packed):
   model = Transformer(CONFIG, dtype=jnp.float32)
-  frozen = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
   if packed:
     frozen = quantize_tree(frozen, {"layers/*/attn/*": QuantizationConfig(block_size=16)})
   rng = np.random.default_rng(0)
@@ -68,21 +74,18 @@ def test_gradients_are_those_of_the_mean_loss(packed):
   targets = sum(batch["loss_mask"].sum() for batch in batches)
 
   @jax.jit
+  def loss(params, batch):
+    return batch_loss(model, {"params": params, "constants": {}, "frozen": frozen}, batch, 16)
+
   def mean(params):
-    variables = {"params": params, "constants": {}, "frozen": frozen}
-    return sum(
-      batch_loss(model, variables, {name: x[i] for name, x in batch.items()}, 16)
-      for batch in batches
-      for i in range(2)
-    ) / np.float32(targets)
+    each = [{name: x[i] for name, x in batch.items()} for batch in batches for i in range(2)]
+    return sum(float(loss(params, microbatch)) for microbatch in each) / targets
 
   for path, gradient in found.items():
     w = lora.merge({"w": lora.base_weight(frozen, path)}, {}, {})["w"]
     direction = gradient / np.linalg.norm(gradient)
     step = 1e-2
-    up, down = (
-      float(mean(tree_paths.nest({path: w + sign * step * direction}))) for sign in (1, -1)
-    )
+    up, down = (mean(tree_paths.nest({path: w + sign * step * direction})) for sign in (1, -1))
     # Float32 losses of about 3, over 2e-2.
     np.testing.assert_allclose(
       (up - down) / (2 * step), np.linalg.norm(gradient), rtol=1e-2, atol=1e-4

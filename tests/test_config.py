@@ -38,6 +38,8 @@ EVERYTHING_CHANGED = {
     "dtype": "float16",
     "storage_dtype": "float32",
     "remat": "none",
+    "attention": "plain",
+    "mlp_chunk": 100,
   },
   "pretrain": {
     "steps": 7,
@@ -116,6 +118,7 @@ EVERYTHING_CHANGED = {
     "checkpoint_every": 3,
     "keep_checkpoints": 1,
     "loss_chunk": 64,
+    "z_loss": 1e-4,
     "compare_16bit": False,
   },
 }
@@ -473,7 +476,7 @@ def test_fields_say_what_they_are():
   assert fields["optimizer.clip_norm"].default == 1.0
   assert fields["optimizer.clip_norm"].help == "largest global norm of a gradient, or None."
   assert fields["lora.rank"].type_name == "int"
-  assert fields["model.remat"].type_name == "'offload' | 'full' | 'mlp' | 'elementwise' | 'none'"
+  assert fields["lora.variant"].type_name == "'lora' | 'dora' | 'vera' | 'lora_xs'"
   assert fields["lora.rank_pattern"].type_name == "dict[str, int]"
   assert all(field.help for field in fields.values()), "a docstring lacks a field"
   assert not any("\n" in field.help or "Raises" in field.help for field in fields.values())

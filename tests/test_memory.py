@@ -82,3 +82,44 @@ def test_the_table_names_each_weight(frozen):
   assert treatment.startswith("4-bit codes, block 64, ")
   assert adapter == "LoRA rank 4"
   assert by_path["embed/embedding"] == ["64×32", "bfloat16", ""]
+
+
+class Compiled:
+  """Stands for a step, and for its compiled form, that needs so many bytes."""
+
+  def __init__(self, needed):
+    self.argument_size_in_bytes, self.output_size_in_bytes = 100, 40
+    self.alias_size_in_bytes, self.temp_size_in_bytes = 30, needed
+
+  def lower(self, *_):
+    return self
+
+  def compile(self):
+    return self
+
+  def memory_analysis(self):
+    return self
+
+
+NEEDED = {"none": 500, "elementwise": 300, "mlp": 200, "full": 90, "offload": 20}
+
+
+@pytest.mark.parametrize(
+  ("available", "policy"),
+  [(610, "none"), (609, "elementwise"), (310, "mlp"), (200, "full"), (130, "offload")],
+)
+def test_the_fastest_policy_that_fits(available, policy):
+  tried = []
+
+  def make_step(name):
+    tried.append(name)
+    return Compiled(NEEDED[name])
+
+  found, needed = memory.fastest_remat(make_step, (), available)
+  assert found == policy == tried[-1]
+  assert needed == {name: NEEDED[name] + 110 for name in tried}
+
+
+def test_no_policy_fits():
+  with pytest.raises(ValueError, match=r"no policy fits in 0.00 GB \(none .*offload.*batch_size"):
+    memory.fastest_remat(lambda name: Compiled(NEEDED[name]), (), 100)

@@ -48,6 +48,8 @@ ROWS = (
   "llama-70b:1x2048:full",
 )
 
+# Rows of more tokens take an MLP in chunks of so many.
+_LONG, _MLP_CHUNK = 32768, 16384
 # Groups of steps are timed, each of about so many seconds.
 _WARM_UP, _GROUPS, _SECONDS = 2, 3, 2.5
 
@@ -172,7 +174,8 @@ def build(row: Row) -> tuple[Any, Any, Any, Any]:
   from qlora_jax.train import init_state, make_train_step
 
   config = architecture(row.model)
-  model = Transformer(config, remat=row.remat)  # pyright: ignore[reportArgumentType]
+  mlp_chunk = _MLP_CHUNK if row.seq_len > _LONG else None
+  model = Transformer(config, remat=row.remat, mlp_chunk=mlp_chunk)  # pyright: ignore
   frozen = random_base(model, row.quantized)
   optimizer = optax.adamw(2e-4)
   params, constants = lora.init(jax.random.key(1), frozen, lora.LoRAConfig(rank=16))

@@ -8,6 +8,7 @@ from the forward to the backward pass; the base gets no gradient. Under `vmap` o
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,10 +76,15 @@ def quantized_matmul(
     raise ValueError(
       f"quantized_matmul: x {list(x.shape)} and w {list(w.shape)}; x's last axis is w's first"
     )
-  return _product(_choose(x, w, implementation), x, w)
+  return _product(choose(x, w, implementation), x, w)
 
 
-def _choose(x: jax.Array, w: AnyQuantizedTensor, name: str | None) -> str:
+def choose(x: Any, w: AnyQuantizedTensor, name: str | None = None) -> str:
+  """The implementation that takes a product: `name` if it is one. Of x, shape and dtype are read.
+
+  Raises:
+    ValueError: no such implementation, or it cannot serve the case, with the reason.
+  """
   if name is None:
     return next(name for name, each in IMPLEMENTATIONS.items() if each.unsupported(x, w) is None)
   if name not in IMPLEMENTATIONS:
@@ -140,7 +146,7 @@ def fuses_adapter(
   x: jax.Array, w: AnyQuantizedTensor, rank: int, *, implementation: str | None = None
 ) -> bool:
   """Whether `adapted_matmul` serves x `[..., K]` and w `[K, N]`, with an adapter of that rank."""
-  return _choose(x, w, implementation) == "gpu" and gpu.fuses_adapter(x, w, rank)
+  return choose(x, w, implementation) == "gpu" and gpu.fuses_adapter(x, w, rank)
 
 
 def adapted_matmul(
@@ -149,8 +155,8 @@ def adapted_matmul(
   """y = x · (dequantize(w) + s · A · B), as one product in either direction.
 
   The adapter is added to the weight in float32 as that is decoded, before it is rounded to x's
-  dtype, so that neither (x · A) · B nor its sum with x · W is a pass over y. Its roundings are those
-  of the decoded weight, and of y; the separate products' are of x · A, of (x · A) · B and of two ys.
+  dtype, so that neither (x · A) · B nor its sum with x · W is a pass over y. Rounded are the weight
+  and y; apart, the weight, x · A, (x · A) · B, and y twice.
   Differentiable in x, a and b.
 
   Args:

@@ -71,6 +71,32 @@ class MLP(nn.Module):
     return project("down", x.shape[-1], ACTIVATIONS[self.activation](gate) * up)
 
 
+def in_chunks(mlp: nn.Module, x: jax.Array, chunk: int) -> jax.Array:
+  """mlp(x), `[B, T, D] → [B, T, D]`, of `chunk` tokens of each row at a time.
+
+  A chunk's activations are not kept: the backward pass computes them again.
+  """
+  tokens = x.shape[1]
+  if tokens <= chunk:
+    return mlp(x)
+  parts = jnp.pad(x, ((0, 0), (0, -tokens % chunk), (0, 0)))
+  parts = parts.reshape(x.shape[0], -1, chunk, x.shape[2])
+
+  @functools.partial(nn.remat, prevent_cse=False)
+  def one(mlp, part):
+    return mlp(part)
+
+  scan = nn.scan(
+    lambda mlp, carry, part: (carry, one(mlp, part)),
+    variable_broadcast=("params", "frozen", "constants"),
+    split_rngs={"params": False, "dropout": True},
+    in_axes=1,
+    out_axes=1,
+  )
+  _, y = scan(mlp, (), parts)
+  return y.reshape(x.shape[0], -1, x.shape[2])[:, :tokens]
+
+
 class Projection(nn.Module):
   """One projection of all experts, `[E, K, N]`, and its adapters if there are any."""
 

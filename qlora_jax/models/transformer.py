@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 
 from qlora_jax.linen import Embed, QDense, TiedHead, plain_weight
 from qlora_jax.models import remat
-from qlora_jax.models.attention import AttentionName, Visible, attend
-from qlora_jax.models.mlp import ACTIVATIONS, MLP, Experts
+from qlora_jax.models.attention import AttentionName, Case, Visible, attend, choose
+from qlora_jax.models.mlp import ACTIVATIONS, MLP, Experts, in_chunks
 from qlora_jax.models.remat import RematPolicy
 from qlora_jax.models.rope import Rope, rotate
 
@@ -258,6 +258,7 @@ class Block(nn.Module):
   dtype: DTypeLike
   implementation: str | None
   attention: AttentionName | None
+  mlp_chunk: int | None
 
   @nn.compact
   def __call__(self, x, rotary, visible, index, kind, cache):
@@ -286,7 +287,7 @@ class Block(nn.Module):
   def _mlp(self, x: jax.Array) -> jax.Array:
     config = self.config
     if not config.num_experts:
-      return MLP(
+      mlp = MLP(
         config.intermediate_size,
         config.activation,
         config.mlp_bias,
@@ -294,7 +295,8 @@ class Block(nn.Module):
         self.dtype,
         self.implementation,
         name="mlp",
-      )(x)
+      )
+      return mlp(x) if self.mlp_chunk is None else in_chunks(mlp, x, self.mlp_chunk)
     # Not below "mlp", where the patterns of projections would take it in: it stays in 16 bits.
     router = QDense(config.num_experts, dtype=self.dtype, output_dtype=jnp.float32, name="router")
     return Experts(
@@ -321,6 +323,8 @@ class Transformer(nn.Module):
     remat: what the backward pass computes again (see `remat`).
     implementation: of `quantized_matmul`.
     attention: an implementation of `attention.attend`; None takes what `attention.choose` says.
+    mlp_chunk: of each row, tokens whose wide activations in an MLP exist at once; None for all.
+      The backward pass computes a chunk's again. (Not of experts, which go by tiles as it is.)
   """
 
   config: TransformerConfig
@@ -328,9 +332,12 @@ class Transformer(nn.Module):
   remat: RematPolicy = "none"
   implementation: str | None = None
   attention: AttentionName | None = None
+  mlp_chunk: int | None = None
 
   def setup(self):
     config = self.config
+    if self.mlp_chunk is not None and self.mlp_chunk < 1:
+      raise ValueError(f"mlp_chunk: {self.mlp_chunk}; at least 1, or None")
     self.embed = Embed(
       config.vocab_size, config.hidden_size, self.dtype, scale=config.embedding_scale
     )
@@ -341,7 +348,7 @@ class Transformer(nn.Module):
       split_rngs={"params": True, "dropout": True},
       in_axes=(shared, shared, shared, 0, 0),  # pyright: ignore[reportArgumentType]
       length=config.num_layers,
-    )(config, self.dtype, self.implementation, self.attention)
+    )(config, self.dtype, self.implementation, self.attention, self.mlp_chunk)
     self.final_norm = RMSNorm(config.norm_eps, self.dtype, float(config.unit_offset))
     if config.tie_embeddings:
       self.head: Any = TiedHead(self.dtype)
@@ -471,6 +478,22 @@ class Transformer(nn.Module):
       logits = self.head(hidden)
     cap = self.config.final_softcap
     return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def attention_name(model: Transformer, seq_len: int, *, packed: bool) -> AttentionName:
+  """How `model` computes attention in training, on rows of `seq_len` tokens (see `attention`)."""
+  config = model.config
+  case = Case(
+    queries=seq_len,
+    keys=seq_len,
+    width=config.head_dim,
+    dtype=jnp.dtype(model.dtype),
+    packed=packed,
+    windowed=any(window is not None for window in config.windows),
+    moved=packed,
+    softcap=config.attention_softcap is not None,
+  )
+  return choose(case, model.attention)
 
 
 def init_cache(

@@ -34,7 +34,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def dense(model):
-  return model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+  return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
 
 
 @pytest.fixture(scope="module")

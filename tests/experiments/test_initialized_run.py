@@ -27,7 +27,7 @@ def base(tmp_path_factory):
   model = Transformer(cfg, dtype=jax.numpy.float32)
   tokens = jax.numpy.zeros((1, 2), jax.numpy.int32)
   path = tmp_path_factory.mktemp("base") / "model"
-  hf.save(path, model, model.init(jax.random.key(0), tokens)["frozen"])
+  hf.save(path, model, jax.jit(model.init)(jax.random.key(0), tokens)["frozen"])
   return path
 
 

@@ -89,6 +89,9 @@ def environment(tmp_path_factory) -> dict[str, str]:
     **os.environ,
     "JAX_PLATFORMS": "cpu",
     "QLORA_JAX_CACHE": str(tmp_path_factory.mktemp("cache")),
+    # What one of these processes compiled, the next ones read.
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(ROOT),
   }
 

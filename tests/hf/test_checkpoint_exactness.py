@@ -27,7 +27,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 @pytest.fixture
 def saved(tmp_path):
   model = Transformer(TIED, dtype=jnp.float32)
-  frozen = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+  frozen = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
   hf.save(tmp_path / "model", model, frozen)
   return tmp_path / "model"
 

@@ -36,7 +36,7 @@ TOKENS = np.random.default_rng(0).integers(0, 40, (2, 9)).astype(np.int32)
 def checkpoint(tmp_path_factory):
   """(directory, frozen) of a random base."""
   model = Transformer(CONFIG, dtype=jnp.float32)
-  frozen = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+  frozen = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
   path = tmp_path_factory.mktemp("base") / "model"
   hf.save(path, model, frozen)
   return path, frozen

@@ -46,9 +46,13 @@ FAMILIES = {
 
 def random_base(model, dtype=jnp.float32):
   rng = np.random.default_rng(0)
-  return jax.tree.map(
-    lambda like: jnp.asarray(rng.normal(0.1, 0.3, like.shape), dtype), model_shapes(model)
-  )
+
+  def weight(like):
+    # Large ones repeat (at a length that no axis shares): drawing them would take longest.
+    drawn = rng.normal(0.1, 0.3, min(like.size, 65537)).astype(np.float32)
+    return jnp.asarray(np.resize(drawn, like.shape), dtype)
+
+  return jax.tree.map(weight, model_shapes(model))
 
 
 @pytest.fixture(params=FAMILIES, scope="module")

@@ -1,6 +1,7 @@
 """What each policy keeps, and that none changes a number."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -25,12 +26,18 @@ CONFIG = TransformerConfig(
 TOKENS = jax.random.randint(jax.random.key(0), (2, 48), 0, CONFIG.vocab_size)
 
 
+@functools.cache
+def trees(config):
+  """(frozen, params, constants) of random weights."""
+  frozen = jax.jit(Transformer(config, jnp.float32).init)(jax.random.key(1), TOKENS)["frozen"]
+  params, constants = lora.init(jax.random.key(2), frozen, lora.LoRAConfig(rank=3))
+  return frozen, jax.tree.map(lambda x: x + 0.01, params), constants
+
+
 def gradient_of(remat, config=CONFIG, **options):
   """(function of the adapters, the adapters)."""
   model = Transformer(config, jnp.float32, remat, **options)
-  frozen = Transformer(config, jnp.float32).init(jax.random.key(1), TOKENS)["frozen"]
-  params, constants = lora.init(jax.random.key(2), frozen, lora.LoRAConfig(rank=3))
-  params = jax.tree.map(lambda x: x + 0.01, params)
+  frozen, params, constants = trees(config)
 
   def loss(params):
     variables = {"params": params, "constants": constants, "frozen": frozen}
@@ -40,9 +47,13 @@ def gradient_of(remat, config=CONFIG, **options):
   return jax.value_and_grad(loss), params
 
 
-@pytest.mark.parametrize("options", [{}, {"attention": "blockwise"}], ids=["plain", "blockwise"])
+@pytest.mark.parametrize(
+  "options",
+  [{}, {"attention": "blockwise"}, {"mlp_chunk": 20}],
+  ids=["plain", "blockwise", "mlp_chunk"],
+)
 def test_no_policy_changes_a_number(options):
-  function, params = gradient_of("none", **options)
+  function, params = gradient_of("none")
   expected, gradients = jax.jit(function)(params)
   for policy in REMAT_POLICIES:
     function, params = gradient_of(policy, **options)
@@ -79,8 +90,8 @@ def test_what_is_computed_again(policy, of_q, of_gate_and_up):
   assert products(program, {(WIDTH, WIDE)}) == of_gate_and_up
 
 
-def temporaries(policy) -> int:
-  function, params = gradient_of(policy)
+def temporaries(policy, **options) -> int:
+  function, params = gradient_of(policy, **options)
   analysis: Any = jax.jit(function).lower(params).compile().memory_analysis()
   return analysis.temp_size_in_bytes
 
@@ -96,6 +107,14 @@ def test_what_is_kept():
   wide = layer * 2 * WIDE
   assert fewest * wide < elementwise - mlp < most * wide
   assert none > elementwise + fewest * wide / 2
+
+
+def test_an_mlp_in_chunks_holds_a_chunks_activations():
+  wide = dataclasses.replace(CONFIG, num_layers=2, intermediate_size=2048)
+  whole, chunks = (temporaries("full", config=wide, mlp_chunk=each) for each in (None, 8))
+  assert whole > 3 * TOKENS.size * 2048 * 4
+  # A sixth of the tokens; the rest is what the adapters' own gradients take.
+  assert chunks < 0.4 * whole
 
 
 def test_experts_under_every_policy():

@@ -7,6 +7,8 @@ always the best of 4 bits: signed INT4 is better in blocks of 32, BOF4-S in all.
 
   python -m experiments.run --config configs/ablate.py --workdir runs/ablate
 
+Alpha is 2 r throughout, so that a higher rank does not scale the adapter down.
+
 261 trials of 30 short steps on the quickstart's base: about 16 minutes on 2 idle cores, the base's
 training included. Estimated from 39 trials: 4 CPU seconds each, 10 to compile for a rank and block
 size, 5 to measure a base.
@@ -21,7 +23,7 @@ found here: not run as a whole yet.
 """
 
 from configs import quickstart
-from qlora_jax.sweeps import grid
+from qlora_jax.sweeps import cross, grid, zipped
 
 RANKS = (2, 8, 32)
 SEEDS = (0, 1, 2)
@@ -44,12 +46,17 @@ def get_config():
   return config
 
 
+def of_ranks(ranks):
+  """Each rank with alpha = 2 r."""
+  return zipped({"lora.rank": ranks, "lora.alpha": [2.0 * rank for rank in ranks]})
+
+
 def of(codebooks):
   """16-bit LoRA of each rank and seed; every codebook and block size beside it."""
-  adapters = {"lora.rank": RANKS, "seed": SEEDS}
-  yield from grid({"model.quantize": [False], **adapters})
+  adapters = [*cross(of_ranks(RANKS), grid({"seed": SEEDS}))]
+  yield from cross(grid({"model.quantize": [False]}), adapters)
   bases = {"quantization.codebook": codebooks, "quantization.block_size": BLOCK_SIZES}
-  yield from grid({**bases, **adapters})
+  yield from cross(grid(bases), adapters)
 
 
 def sweep():

@@ -1,4 +1,4 @@
-"""The grid of configs/ablate.py, with INT4 with a zero-point, and 3 and 2 bits.
+"""The grid of configs/ablate.py (alpha = 2 r), with INT4 with a zero-point, and 3 and 2 bits.
 
   python -m experiments.run --config configs/ablate_full.py --workdir runs/ablate
 

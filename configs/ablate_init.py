@@ -17,10 +17,11 @@ after, the mean of three seeds at 4 and 16 bits, one seed at 2 bits; nf3 was not
        pissa       2.689 → 1.554      2.689 → 1.040
        loftq       2.674 → .879       2.674 → 1.176
 
-LoftQ starts nearer at either width. At 2 bits and the rate at which steps are small, that lasts: it
-wins back 85% of what quantizing cost ((1.489 − 1.176) / (1.489 − 1.119)). At the better rate its
-recovery is negative (.879 against .819), and at 4 bits there is nothing to win. PiSSA learns faster
-at the lower rate and is thrown off by the higher one: compare starts each at its own best rate.
+LoftQ starts nearer at either width. At 2 bits (one seed) and the rate at which steps are small that
+lasts: it wins back 85% of what quantizing cost ((1.489 − 1.176) / (1.489 − 1.119)). At the better
+rate its recovery is negative (.879 against .819, one seed), and at 4 bits there is nothing to win.
+PiSSA learns faster at the lower rate and is thrown off by the higher one: compare starts each at
+its own best rate.
 """
 
 from configs import quickstart

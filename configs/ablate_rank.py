@@ -11,7 +11,7 @@ The answer found here: not run as a whole yet.
 """
 
 from configs import ablate
-from qlora_jax.sweeps import cross, grid, zipped
+from qlora_jax.sweeps import cross, grid
 
 RANKS = (1, 2, 4, 8, 16, 32)
 TARGETS = (("*/attn/q", "*/attn/v"), ("*/attn/*", "*/mlp/*"))
@@ -26,5 +26,5 @@ def get_config():
 
 def sweep():
   """Six ranks, on the queries and values or on every linear layer."""
-  ranks = zipped({"lora.rank": RANKS, "lora.alpha": [2.0 * rank for rank in RANKS]})
+  ranks = ablate.of_ranks(RANKS)
   return cross(grid({"lora.targets": TARGETS}), ranks, grid({"seed": ablate.SEEDS}))

@@ -145,8 +145,14 @@ def _check_sweep(arguments: Arguments) -> None:
   count = len(arguments.trials)
   if arguments.index is not None and not 0 <= arguments.index < count:
     raise UsageError(f"--index: {arguments.index}; the sweep's trials are 0 to {count - 1}")
-  if arguments.ray and arguments.index is not None:
-    raise UsageError("--index: with --ray, which runs all trials; give one of the two")
+  index = arguments.index is not None
+  for name, other, both, does in (
+    ("index", "ray", index and arguments.ray, "runs all trials"),
+    ("index", "list", index and arguments.list, "names all trials"),
+    ("dry_run", "ray", arguments.dry_run and arguments.ray, "runs all trials"),
+  ):
+    if both:
+      raise UsageError(f"--{name}: with --{other}, which {does}; give one of the two")
 
 
 def _split(argv: Sequence[str]) -> dict[str, Any]:

@@ -30,8 +30,9 @@ import filelock
 import tqdm
 
 from experiments import analysis, trial
+from qlora_jax import config as config_lib
 from qlora_jax import data, sweeps
-from qlora_jax.config import ExperimentConfig
+from qlora_jax.config import ConfigError, ExperimentConfig
 from qlora_jax.hf import checkpoint as hf_checkpoint
 from qlora_jax.hf.files import read_json
 from qlora_jax.metrics import write_whole
@@ -52,6 +53,9 @@ class Directory:
   """
 
   path: Path
+  _is_of_now: dict[str, bool] = dataclasses.field(
+    default_factory=dict, init=False, repr=False, compare=False
+  )
 
   def trial(self, id: str) -> Path:
     """The run directory of a trial."""
@@ -75,10 +79,26 @@ class Directory:
     """Whether a trial has its summary."""
     return (self.trial(id) / "summary.json").exists()
 
-  def settled(self, id: str, failed_before: dict[str, int]) -> bool:
-    """Whether a trial is finished, or has failed since `failed_before` was taken."""
-    failed = self._failed_at(id)
-    return self.finished(id) or (failed is not None and failed != failed_before.get(id))
+  def done(self, one: Trial) -> bool:
+    """Whether a trial is finished, and with the config that its id stands for now.
+
+    A version that changes a default leaves the id as it was. Such a trial is run, and fails in
+    `trial.prepare_directory`, which names the fields.
+    """
+    if not self.finished(one.id):
+      return False
+    if one.id not in self._is_of_now:  # read once: `done` is asked of all trials after each one
+      try:
+        before = config_lib.from_json_dict(read_json(self.trial(one.id) / "config.json"))
+        self._is_of_now[one.id] = before == one.config
+      except ConfigError:  # a field that is no more
+        self._is_of_now[one.id] = False
+    return self._is_of_now[one.id]
+
+  def settled(self, one: Trial, failed_before: dict[str, int]) -> bool:
+    """Whether a trial is done, or has failed since `failed_before` was taken."""
+    failed = self._failed_at(one.id)
+    return self.done(one) or (failed is not None and failed != failed_before.get(one.id))
 
   def failures(self, trials: Sequence[Trial]) -> dict[str, int]:
     """Id → when it failed, for each trial that did, in nanoseconds since 1970."""
@@ -144,7 +164,7 @@ def listing(name: str, trials: Sequence[Trial], workdir: Path) -> str:
   """Names the trials, how each stands in `workdir`, and what they share; makes nothing."""
   directory, groups = Directory(workdir), by_base(trials)
   failed = directory.failures(trials)
-  finished = {each.id for each in trials if directory.finished(each.id)}
+  finished = {each.id for each in trials if directory.done(each)}
   lines = [
     f"{name}: {len(trials)} trials on {len(groups)} bases; {len(finished)} finished, "
     f"{len(failed.keys() - finished)} failed in {workdir}"
@@ -215,7 +235,7 @@ def run(name: str, trials: Sequence[Trial], workdir: Path, index: int | None = N
           progress.starts(each, len(busy))
           run_trial(directory, each, shared)
           progress.ended(each)
-        elif not directory.settled(each.id, before):
+        elif not directory.settled(each, before):
           busy.append(each)
     waiting = busy
   return outcome(directory, chosen, waiting)
@@ -223,7 +243,7 @@ def run(name: str, trials: Sequence[Trial], workdir: Path, index: int | None = N
 
 def outcome(directory: Directory, trials: Sequence[Trial], elsewhere: list[Trial]) -> Outcome:
   """How the trials stand on the disk."""
-  finished = {each.id for each in trials if directory.finished(each.id)}
+  finished = {each.id for each in trials if directory.done(each)}
   skipped = finished | {each.id for each in elsewhere}
   failed = [
     (each, read_json(directory.error(each.id))["error"])
@@ -236,7 +256,7 @@ def outcome(directory: Directory, trials: Sequence[Trial], elsewhere: list[Trial
 @contextlib.contextmanager
 def _ours(directory: Directory, one: Trial, failed_before: dict[str, int]) -> Iterator[bool]:
   """Holds a trial's lock; gives whether it is to be run: not settled, and no other process's."""
-  if directory.settled(one.id, failed_before):
+  if directory.settled(one, failed_before):
     yield False
     return
   with contextlib.ExitStack() as stack:
@@ -246,7 +266,7 @@ def _ours(directory: Directory, one: Trial, failed_before: dict[str, int]) -> It
       yield False
       return
     # Looked at again under the lock: another process may be through with it by now.
-    yield not directory.settled(one.id, failed_before)
+    yield not directory.settled(one, failed_before)
 
 
 def run_trial(directory: Directory, one: Trial, shared: trial.Shared) -> None:
@@ -318,7 +338,7 @@ class _Progress:
     self._started, self._first = time.monotonic(), self._done()
 
   def _done(self) -> int:
-    return sum(self._directory.finished(each.id) for each in self._trials)
+    return sum(self._directory.done(each) for each in self._trials)
 
   def starts(self, one: Trial, elsewhere: int) -> None:
     """Before `one`; `elsewhere` trials were found with other processes."""
@@ -344,7 +364,7 @@ class _Progress:
     )
 
   def _result(self, one: Trial) -> str:
-    if self._directory.finished(one.id):
+    if self._directory.done(one):
       summary = read_json(self._directory.trial(one.id) / "summary.json")
       stage = summary["qlora"] or summary["lora_16bit"]
       return f"held-out loss {stage['loss_before']:.4f}, after {stage['loss_after']:.4f}"
@@ -359,7 +379,7 @@ def run_on_ray(name: str, trials: Sequence[Trial], workdir: Path) -> Outcome:
   The cluster is that of `$RAY_ADDRESS`, or one of this machine alone, started here. Its machines
   see `workdir`, and this repository, under the same paths. A trial asks for one GPU where the
   cluster has any, else for one CPU core; a worker that runs another one keeps what they share. A
-  trial whose worker dies is sent again, and goes on from its checkpoint.
+  trial whose worker dies, or is told to stop, is sent again, and goes on from its checkpoint.
 
   Raises:
     ImportError: Ray is not installed; the message says how to.
@@ -378,15 +398,19 @@ def run_on_ray(name: str, trials: Sequence[Trial], workdir: Path) -> Outcome:
   try:
     resources = ray.cluster_resources()
     gpus = 1 if resources.get("GPU") else 0
-    slots = int(resources["GPU" if gpus else "CPU"])
-    remote = ray.remote(num_cpus=0 if gpus else 1, num_gpus=gpus, max_retries=RAY_RETRIES)(
-      _ray_trial
-    )
+    slots = int(resources.get("GPU" if gpus else "CPU", 1))
+    remote = ray.remote(
+      num_cpus=0 if gpus else 1,
+      num_gpus=gpus,
+      max_retries=RAY_RETRIES,
+      # Its machine is taken away, with notice. (What `ray.cancel` stopped is not sent again.)
+      retry_exceptions=[Interrupted],
+    )(_ray_trial)
     waiting = {
       remote.remote(directory.path, each, before): each
       for group in by_base(trials)
       for each in group
-      if not directory.finished(each.id)
+      if not directory.done(each)
     }
     progress, elsewhere = _Progress(name, directory, trials), []
     try:
@@ -422,4 +446,4 @@ def _ray_trial(path: Path, one: Trial, failed_before: dict[str, int]) -> bool:
   with _ours(directory, one, failed_before) as ours:
     if ours:
       run_trial(directory, one, _worker_shared())
-  return ours or directory.settled(one.id, failed_before)
+  return ours or directory.settled(one, failed_before)

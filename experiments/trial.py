@@ -48,6 +48,7 @@ from qlora_jax.fingerprint import fingerprint
 from qlora_jax.hf import checkpoint as hf_checkpoint
 from qlora_jax.hf.files import new_directory, read_json
 from qlora_jax.metrics import METRICS_FILE, MetricsWriter, write_whole
+from qlora_jax.models.attention import most_segments
 from qlora_jax.models.remat import RematPolicy
 from qlora_jax.models.transformer import Transformer, attention_name
 from qlora_jax.quantization import QuantizationConfig
@@ -73,7 +74,9 @@ class Shared:
   Rows of text, bases, and train steps: a step that is made again is traced and compiled again.
   """
 
-  def __init__(self):
+  def __init__(self, bases: int = 2):
+    """`bases`: how many stay in memory; of a sweep the quantized and the 16-bit one."""
+    self.bases = bases
     self._held: dict[str, dict[Hashable, Any]] = {}
 
   def once(self, kind: str, key: Hashable, make: Callable[[], T], keep: int = 1) -> T:
@@ -138,7 +141,8 @@ def prepare_directory(workdir: Path, config: ExperimentConfig) -> None:
           "give another --workdir, or the same config"
         )
       return
-    if any(workdir.iterdir()):
+    # A kill may have come while config.json was written.
+    if {entry.name for entry in workdir.iterdir()} - {"config.json.tmp"}:
       raise RunDirectoryError(
         f"{workdir}: holds files but no config.json, so it is no run; give another --workdir"
       )
@@ -151,13 +155,17 @@ def _write_json(path: Path, value: Any) -> None:
   write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def check_disk(workdir: Path, needed: int) -> None:
-  """Raises RunDirectoryError where `needed` bytes do not fit on the disk."""
+def check_disk(
+  workdir: Path,
+  needed: int,
+  what: str = "checkpoints need",
+  remedy: str = "lower train.keep_checkpoints or lora.rank, or give another --workdir",
+) -> None:
+  """Raises RunDirectoryError where `needed` bytes, for `what`, do not fit on the disk."""
   free = shutil.disk_usage(workdir).free
   if free < needed:
     raise RunDirectoryError(
-      f"{workdir}: {free / 1e6:,.0f} MB free on its disk; checkpoints need {needed / 1e6:,.0f} MB "
-      "(lower train.keep_checkpoints or lora.rank, or give another --workdir)"
+      f"{workdir}: {free / 1e6:,.0f} MB free on its disk; {what} {needed / 1e6:,.0f} MB ({remedy})"
     )
 
 
@@ -250,12 +258,12 @@ def run_stage(
   train = config.train
   batches = _Batches(rows.train, config)
   if config.model.remat == "auto":
-    policy = shared.once(
-      "remat",
-      (model, fingerprint(frozen), config.optimizer, train, config.data.seq_len, config.lora.rank),
-      lambda: _fastest_remat(config, model, optimizer, (state, frozen, batches.batch(0))),
+    arguments = (state, frozen, batches.batch(0))
+    model = model.clone(
+      remat=_fastest_remat(config, model, optimizer, arguments, directory, shared)
     )
-    model = model.clone(remat=policy)
+  if config.data.packing:
+    model = _by_blocks_if_crowded(config, model, rows, description)
   # Orbax writes a new checkpoint before it drops the oldest.
   check_disk(directory, (train.keep_checkpoints + 1) * tree_paths.tree_bytes(state))
 
@@ -342,17 +350,52 @@ def run_stage(
 
 
 def _fastest_remat(
-  config: ExperimentConfig, model: Transformer, optimizer: Any, arguments: tuple[Any, ...]
+  config: ExperimentConfig,
+  model: Transformer,
+  optimizer: Any,
+  arguments: tuple[Any, ...],
+  directory: Path,
+  shared: Shared,
 ) -> RematPolicy:
+  """What remat "auto" stands for here; kept, since in 16 bits another policy rounds otherwise."""
+  kept = directory / "remat.json"
+  if kept.exists():
+    return read_json(kept)["policy"]
   train = config.train
 
   def make_step(policy: RematPolicy) -> Any:
     return make_train_step(model.clone(remat=policy), optimizer, train.loss_chunk, train.z_loss)
 
-  policy, needed = memory.fastest_remat(make_step, arguments, memory.device_bytes())
-  tried = ", ".join(f"{each} {_size(size)}" for each, size in needed.items())
-  print(f"remat: {policy}, of {tried}, in {_size(memory.device_bytes())}")
+  def find() -> RematPolicy:
+    available = memory.available_bytes(arguments)
+    policy, needed = memory.fastest_remat(make_step, arguments, available)
+    tried = ", ".join(f"{each} {_size(size)}" for each, size in needed.items())
+    print(f"remat: {policy}, of {tried}, in {_size(available)}")
+    return policy
+
+  leaves, structure = jax.tree.flatten(arguments)
+  shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+  policy = shared.once("remat", (model, config.optimizer, structure, shapes), find, keep=16)
+  _write_json(kept, {"policy": policy})
   return policy
+
+
+def _by_blocks_if_crowded(
+  config: ExperimentConfig, model: Transformer, rows: Rows, description: str
+) -> Transformer:
+  """`model`, told to go by blocks where rows hold more documents than cuDNN's kernel takes."""
+  seq_len = config.data.seq_len
+  if attention_name(model, seq_len, packed=True) != "cudnn":
+    return model
+  parts = [each.segment_ids for each in (rows.train, rows.held_out)]
+  most = max(1 + int((ids[:, 1:] != ids[:, :-1]).sum(1).max(initial=0)) for ids in parts)
+  if most <= most_segments(seq_len):
+    return model
+  reason = f"a row holds {most} documents, cuDNN's kernel takes {most_segments(seq_len)}"
+  if config.model.attention == "cudnn":
+    raise ValueError(f"model.attention: 'cudnn'; {reason}")
+  print(f"{description}: attention by blocks, since {reason}")
+  return model.clone(attention="blockwise")
 
 
 def _implementations(config: ExperimentConfig, model: Transformer, frozen: Any) -> dict[str, Any]:
@@ -430,7 +473,12 @@ def _initialized(
       storage_dtype=config.model.storage_dtype,
       gradients=gradients,
     )
-    check_disk(directory, tree_paths.tree_bytes((frozen, params)))
+    check_disk(
+      directory,
+      tree_paths.tree_bytes((frozen, params)),
+      f"the base that lora.init {config.lora.init!r} changes is kept, and needs",
+      "take lora.init 'lora', or give another --workdir",
+    )
     with new_directory(kept) as temporary:
       hf.save_base(temporary / "base", model, frozen)
       np.savez(temporary / _PARAMS, **tree_paths.leaves(params))
@@ -505,10 +553,23 @@ def save_adapter(
       "learning rate": config.optimizer.learning_rate,
       "variant": config.lora.variant,
       "initialization": config.lora.init,
+      **({"fits": _fits(config)} if _leaves_error_behind(config) else {}),
       "base stored as": storage(config.base_quantization),
       "computed in": config.model.dtype,
       "seed": config.seed,
     },
+  )
+
+
+def _leaves_error_behind(config: ExperimentConfig) -> bool:
+  """Whether the adapter's base, the original one, lacks an error that training had: q's."""
+  return config.lora.changes_base and config.base_quantization is not None
+
+
+def _fits(config: ExperimentConfig) -> str:
+  return (
+    f"the original {_bits(config)}-bit base; the quantized base's error is not in it: the loss "
+    "shown is that of initialized/base with the run's checkpoint"
   )
 
 
@@ -563,7 +624,7 @@ def load_base(
     lambda: hf.load(
       base, quantization, dtype=config.model.dtype, storage_dtype=config.model.storage_dtype
     ),
-    keep=2,  # the quantized one, and the one in 16 bits that it is compared with
+    keep=shared.bases,
   )
   return as_configured(config, model), frozen
 
@@ -599,7 +660,7 @@ def run(
   if path.exists():
     print(f"{workdir}: this run is finished; its table again")
     return read_json(path)
-  shared = Shared() if shared is None else shared
+  shared = Shared(bases=1) if shared is None else shared
   base = base_directory(config)
   rows = shared.once(
     "rows",
@@ -641,7 +702,12 @@ def run(
     summary["qlora"] = stage(workdir, config.base_quantization, "QLoRA")
   if config.train.compare_16bit:
     # Plain, whatever the init: what quantizing cost and an init wins back is measured by it.
-    plain = dataclasses.replace(config, lora=dataclasses.replace(config.lora, init="lora"))
+    plain = dataclasses.replace(
+      config,
+      model=dataclasses.replace(config.model, quantize=False),
+      lora=dataclasses.replace(config.lora, init="lora"),
+      train=dataclasses.replace(config.train, compare_16bit=False),
+    )
     summary["lora_16bit"] = stage(workdir / "lora_16bit", None, full, plain)
   _write_json(path, summary)
   return summary
@@ -700,6 +766,8 @@ def closing_table(config: ExperimentConfig, summary: dict[str, Any], workdir: Pa
     f"adapter/{', lora_16bit/' if qlora and full else ''}",
     f"The base is in {summary['base']}",
   ]
+  if _leaves_error_behind(config):
+    text.append(f"adapter/ is for {_fits(config)}.")
   return "\n".join(text)
 
 
@@ -741,4 +809,6 @@ def dry_run(config: ExperimentConfig) -> str:
   for name in ("base", "adapters", "optimizer", "activations"):
     lines.append(f"  {name:12}{_size(getattr(counted, name)):>10}")
   lines.append("  (activations: temporaries of the train step, compiled for the CPU)")
+  if config.model.remat == "auto":
+    lines.append("  (remat auto: counted as full; a run keeps more where it fits)")
   return "\n".join(lines)

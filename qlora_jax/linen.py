@@ -237,6 +237,7 @@ def _with_adapter(
   if (
     isinstance(kernel, AnyQuantizedTensor)
     and key is None
+    and not has_magnitude
     and fuses_adapter(x, kernel, a.shape[-1], implementation=implementation)
   ):
     y = adapted_matmul(x, kernel, a, b, scaling).astype(dtype)

@@ -89,7 +89,7 @@ class LoRAConfig:
     init: what A and B start as. lora: A random, B = 0. pissa, olora, loftq, lora_ga: see
       `lora_init`, whose `initialize` makes base and adapters together. eva: `lora_init.eva`.
     loftq_iterations: of LoftQ, T.
-    loftq_ignores_scaling: as PEFT has it: right only where alpha = rank.
+    loftq_ignores_scaling: as PEFT has it: what is made up for is right only where alpha = rank.
     lora_ga_gamma: γ of LoRA-GA, by whose root A and B are divided.
     eva_rho: of EVA: a layer's rank is at most so many times the one it is given.
     calibration_batches: of training, whose gradient LoRA-GA, and whose activations EVA starts from.
@@ -240,8 +240,7 @@ def init(key: jax.Array, frozen: Any, cfg: LoRAConfig) -> tuple[dict, dict]:
       f"lora.init: {cfg.init!r} changes the base; lora_init.initialize makes both from the dense "
       "weights"
     )
-  if cfg.init == "eva":
-    raise ValueError("lora.init: 'eva' starts from activations; lora_init.eva takes their moments")
+  refuse_eva(cfg)
   fixed = tree_paths.leaves(constants(frozen, cfg))
   params = {}
   planned = plan(frozen, cfg)
@@ -283,6 +282,12 @@ def init(key: jax.Array, frozen: Any, cfg: LoRAConfig) -> tuple[dict, dict]:
     w = dequantize(w) if is_quantized(w) else w
     params[path] = jnp.array(w, jnp.float32, copy=True)
   return tree_paths.nest(params), tree_paths.nest(fixed)
+
+
+def refuse_eva(cfg: LoRAConfig) -> None:
+  """Raises ValueError where weights alone do not give what `cfg.init` starts from."""
+  if cfg.init == "eva":
+    raise ValueError("lora.init: 'eva' starts from activations; lora_init.eva takes their moments")
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
@@ -744,7 +749,7 @@ def plain(
   if not (cfg.changes_base or cfg.has_fixed_matrices):
     return params, constants, cfg
   flat, fixed = tree_paths.leaves(params), tree_paths.leaves(constants)
-  start = tree_paths.leaves({} if initial is None else initial)
+  start = {} if initial is None else tree_paths.leaves(taken_out(initial, constants, cfg))
   new, new_fixed = dict(flat), dict(fixed)
   for leaf in fixed:
     layer, _, name = leaf.rpartition("/")
@@ -778,6 +783,29 @@ def plain(
   else:
     cfg = dataclasses.replace(cfg, variant="lora")
   return tree_paths.nest(new), tree_paths.nest(new_fixed), cfg
+
+
+def taken_out(initial: Any, constants: Any, cfg: LoRAConfig) -> dict:
+  """A₀ and B₀ of the s · A₀ · B₀ that an init has taken out of the base.
+
+  They are those that training starts from, except under `loftq_ignores_scaling`, which takes out
+  A · B without s: then B₀ = B / s.
+
+  Args:
+    initial, constants, cfg: as `lora_init.initialize` made them.
+
+  Returns:
+    A tree like `initial`.
+  """
+  flat = tree_paths.leaves(initial)
+  if cfg.init == "loftq" and cfg.loftq_ignores_scaling:
+    for path, scaling in tree_paths.leaves(constants).items():
+      layer, _, name = path.rpartition("/")
+      if name == "scaling":
+        b = flat[f"{layer}/lora_b"]
+        # Layers of a stack that are no target have s = 0, and zeros in B.
+        flat[f"{layer}/lora_b"] = b / _leading(jnp.where(scaling > 0, scaling, 1), b)
+  return tree_paths.nest(flat)
 
 
 def _side_by_side(

@@ -79,6 +79,7 @@ def initialize(
     Wang et al., LoRA-GA, 2024, https://arxiv.org/abs/2407.05000, algorithm 1. (PEFT multiplies its
     B by S[r:2r], and does not scale A.)
   """
+  lora.refuse_eva(cfg)
   flat = tree_paths.leaves(dense, is_leaf=is_quantized)
   for path, leaf in flat.items():
     if is_quantized(leaf):
@@ -147,7 +148,8 @@ def eva(
     layers without a rank are no targets.
 
   Raises:
-    ValueError: see `lora.init`; a weight without its moment; a lookup or an expert.
+    ValueError: see `lora.init`; a weight without its moment, or of inputs that are all zero; a
+      lookup or an expert.
 
   References:
     Paischer et al., EVA, 2024, https://arxiv.org/abs/2410.07170.
@@ -169,6 +171,11 @@ def eva(
         continue
       moment = np.asarray(moments[path], np.float64)
       values, own = np.linalg.eigh(moment[number] if tree_paths.is_stacked(path) else moment)
+      if not values.sum() > 0:
+        raise ValueError(
+          f"eva: {layer}: a second moment of trace {values.sum():g}; it is above 0: the layer's "
+          "inputs are not all zero"
+        )
       most = min(round(cfg.eva_rho * ranks[number]), k, n)
       shares += [(float(value), layer) for value in values[::-1][:most] / values.sum()]
       vectors[layer] = own[:, ::-1][:, :most]

@@ -80,12 +80,19 @@ def _chunks(chunk: int, hidden, targets, mask) -> tuple[jax.Array, jax.Array, ja
   return cut(hidden), cut(targets), cut(mask)
 
 
+# The gradient of a chunk is taken before the loss's own scale is known: unscaled, what the head
+# multiplies is a probability at a time, and in float16 small ones would be lost.
+_FLOAT16_SCALE = 1024.0
+
+
 def _forward(head, chunk, z_loss, trained, fixed, hidden, targets, mask):
+  scale = _FLOAT16_SCALE if hidden.dtype == jnp.float16 else 1.0
+
   def step(sums, part):
     states, targets, mask = part
 
     def loss(trained, states):
-      return cross_entropy(head(trained, fixed, states), targets, mask, z_loss)
+      return scale * cross_entropy(head(trained, fixed, states), targets, mask, z_loss)
 
     value, (of_trained, of_states) = jax.value_and_grad(loss, argnums=(0, 1))(trained, states)
     return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, (value, of_trained)), of_states
@@ -94,11 +101,13 @@ def _forward(head, chunk, z_loss, trained, fixed, hidden, targets, mask):
   (total, of_trained), of_hidden = jax.lax.scan(step, sums, _chunks(chunk, hidden, targets, mask))
   of_trained = jax.tree.map(lambda x, y: x.astype(y.dtype), of_trained, trained)
   of_hidden = of_hidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
-  return total, (of_trained, of_hidden)
+  return total / scale, (of_trained, of_hidden)
 
 
 def _backward(head, chunk, z_loss, gradients, g):
   del head, chunk, z_loss
+  of_trained, of_hidden = gradients
+  g = g / (_FLOAT16_SCALE if of_hidden.dtype == jnp.float16 else 1.0)
 
   def scaled(x: jax.Array) -> jax.Array:
     # In float32: g rounded to 16 bits would be an error of the same sign everywhere.

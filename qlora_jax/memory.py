@@ -129,13 +129,20 @@ def fastest_remat(
   )
 
 
-def device_bytes() -> int:
-  """Memory that JAX may take of its default device; of a CPU all of the machine's."""
-  device = jax.local_devices()[0]
-  statistics = device.memory_stats() or {}
-  if "bytes_limit" in statistics:
-    return statistics["bytes_limit"]
-  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+# Of the memory that is free, what a step may be planned to fill: the rest is fragments.
+_USABLE = 0.95
+
+
+def available_bytes(arguments: Any) -> int:
+  """What a step may take of JAX's default device, its `arguments`, which lie there, included.
+
+  Of a CPU, which does not say, all of the machine's memory.
+  """
+  statistics = jax.local_devices()[0].memory_stats() or {}
+  if "bytes_limit" not in statistics:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  others = statistics["bytes_in_use"] - tree_paths.tree_bytes(arguments)
+  return int(_USABLE * (statistics["bytes_limit"] - max(others, 0)))
 
 
 def weight_table(frozen: Any, state: TrainState) -> list[tuple[str, str, str, str]]:

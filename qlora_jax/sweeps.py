@@ -165,6 +165,10 @@ def resolve(
       raise ConfigError(
         f"sweep(), trial {index}: {own!r}; overrides are a dict of dotted path → value"
       )
+    # NumPy's numbers, of an `np.arange` say, are none to json.
+    own = {
+      path: value.item() if isinstance(value, np.generic) else value for path, value in own.items()
+    }
     where = f"trial {index} ({_label(own)})"
     if "name" in own:
       raise ConfigError(f"{where}: name: {own['name']!r}; trials are told apart by their values")
@@ -182,7 +186,7 @@ def resolve(
       raise ConfigError(
         f"{where} is trial {other.index} ({other.label}) again: the resolved configs are equal"
       )
-    found[name] = Trial(name, index, dict(own), dataclasses.replace(config, name=name))
+    found[name] = Trial(name, index, own, dataclasses.replace(config, name=name))
   if not found:
     raise ConfigError("sweep(): no trials; it yields at least one")
   return list(found.values())
@@ -192,7 +196,8 @@ def identity(config: ExperimentConfig) -> str:
   """12 hexadecimal digits that name what a config computes: all but its name.
 
   Fields at their default are left out: a field that a later version adds changes no name. (A
-  default that a version changes does not go unseen: a run directory holds the whole config.)
+  default that a version changes does not go unseen: a run directory holds the whole config, and
+  experiments/sweep.py compares it.)
   """
   return _digest(
     {

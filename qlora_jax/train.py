@@ -130,9 +130,10 @@ def batch_loss(
     method="hidden",
     rngs=None if dropout_key is None else {"dropout": dropout_key},
   )
-  # What the head reads: its own, and the table that it may be tied to.
+  # What the head reads: its own, or the table that it is tied to.
+  names = ("embed", "head") if model.config.tie_embeddings else ("head",)
   read = {
-    collection: {name: tree[name] for name in ("embed", "head") if name in tree}
+    collection: {name: tree[name] for name in names if name in tree}
     for collection, tree in variables.items()
   }
   return chunked_cross_entropy(

@@ -215,8 +215,15 @@ def test_eva_spans_the_inputs_and_shares_ranks_out():
     lora_init.eva(jax.random.key(0), frozen, cfg, {k: moments[k] for k in list(moments)[:2]})
   with pytest.raises(ValueError, match="init: 'eva' with variant 'vera', whose A and B are fixed"):
     dataclasses.replace(cfg, variant="vera")
-  with pytest.raises(ValueError, match="'eva' starts from activations"):
-    lora.init(jax.random.key(0), frozen, cfg)
+  for refuses in (
+    lambda: lora.init(jax.random.key(0), frozen, cfg),
+    lambda: lora_init.initialize(jax.random.key(0), frozen, {}, cfg),
+  ):
+    with pytest.raises(ValueError, match="'eva' starts from activations"):
+      refuses()
+  with pytest.raises(ValueError, match="eva: b: a second moment of trace 0"):
+    nothing = {**moments, "b/kernel": np.zeros((16, 16))}
+    lora_init.eva(jax.random.key(0), frozen, cfg, nothing)
 
 
 # PEFT's numbers: A is [r, in] there and B [out, r], and signs are arbitrary.
@@ -509,6 +516,28 @@ def test_of_a_quantized_base_the_change_is_exact():
   own = q(base(), params, fixed) - np.asarray(base()["layers"]["attn"]["q"]["kernel"])
   np.testing.assert_allclose(own, change, rtol=0, atol=1e-4)
   assert np.abs(q(base(), params, fixed) - q(frozen, trained, constants)).max() > 0.05
+
+
+@pytest.mark.parametrize("fields", [{}, {"rank_stabilized": True}])
+def test_loftq_that_ignores_the_scaling_is_converted_with_what_it_took_out(fields):
+  """On the base that is whole without its A · B, s not being 1."""
+  cfg = dataclasses.replace(
+    TREE,
+    init="loftq",
+    targets=("layers/[12]/attn/q",),
+    loftq_iterations=2,
+    loftq_ignores_scaling=True,
+    **fields,
+  )
+  frozen, initial, constants = lora_init.initialize(jax.random.key(0), base(), RULES, cfg)
+  a, b = (np.asarray(initial["layers"]["attn"]["q"][name]) for name in ("lora_a", "lora_b"))
+  merged = lora.merge(frozen, moved(initial), constants)
+  whole = lora.merge(frozen, {}, {})
+  q = whole["layers"]["attn"]["q"]
+  q["kernel"] = q["kernel"] + np.matmul(a, b)
+  params, fixed, _ = lora.plain(moved(initial), constants, cfg, initial)
+  again = lora.merge(whole, params, fixed)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), again, merged)
 
 
 def test_conversion_asks_for_the_start_where_there_was_one():

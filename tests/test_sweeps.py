@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -135,6 +136,17 @@ def test_a_trial_is_known_by_its_resolved_config(draft):
   # Written out and read again.
   again = config_lib.from_json_dict(config_lib.to_json_dict(one.config))
   assert sweeps.identity(again) == one.id
+
+
+def test_numbers_of_numpy_are_taken_as_pythons(draft):
+  own = sweeps.resolve(
+    draft, sweeps.grid({"seed": np.arange(2), "optimizer.learning_rate": np.array([0.5])})
+  )
+  plain = sweeps.resolve(draft, sweeps.grid({"seed": range(2), "optimizer.learning_rate": [0.5]}))
+  assert json.dumps([each.overrides for each in own]) == json.dumps(
+    [each.overrides for each in plain]
+  )
+  assert own == plain
 
 
 def test_every_field_but_the_name_is_part_of_the_identity(draft):

@@ -20,6 +20,7 @@ import functools
 import importlib.metadata
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,8 @@ MODELS: dict[str, tuple[int, int, int, int, int, int, int]] = {
   "tiny": (256, 64, 128, 2, 4, 2, 16),
 }
 TIED = ("llama-3b", "llama-1b")
+
+REMATS = ("offload", "full", "mlp", "elementwise", "none")
 
 ROWS = (
   "llama-8b:4x2048:full",
@@ -78,6 +81,10 @@ class Row:
         raise ValueError
     except ValueError:
       raise ValueError(f"{text!r}: no row; MODEL:BxT:REMAT, such as {ROWS[0]}") from None
+    if batch_size < 1 or seq_len < 2 or remat not in REMATS:
+      raise ValueError(
+        f"{text!r}: B is at least 1, T at least 2, and REMAT one of {', '.join(REMATS)}"
+      )
     if model not in MODELS:
       raise ValueError(f"{text!r}: no such model; one of {', '.join(MODELS)}")
     return cls(model, batch_size, seq_len, remat, not kind)
@@ -138,7 +145,7 @@ def flops(config: Any, row: Row) -> int:
   layer = 4 * tokens * (first + wide + last) + attention + attention * 5 // 2
   if row.remat in ("full", "offload"):
     layer += 2 * tokens * (first + wide) + attention
-  elif row.remat == "mlp":
+  elif row.remat == "mlp" or row.seq_len > _LONG:
     layer += 2 * tokens * wide
   return config.num_layers * layer + 4 * tokens * d * config.vocab_size
 
@@ -241,10 +248,11 @@ def measure(row: Row) -> dict[str, Any]:
 PEER = """
 import json, statistics, sys, time
 import torch, transformers, bitsandbytes as bnb, peft
-v, d, i, layers, heads, groups, h, batch, length, warm_up, repeats = map(int, sys.argv[1:-1])
+v, d, i, layers, heads, groups, h, tied, batch, length, warm_up, repeats = map(
+  int, sys.argv[1:-1])
 config = transformers.LlamaConfig(vocab_size=v, hidden_size=d, intermediate_size=i,
   num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups, head_dim=h,
-  max_position_embeddings=length, rope_theta=500000.0, tie_word_embeddings=False)
+  max_position_embeddings=length, rope_theta=500000.0, tie_word_embeddings=bool(tied))
 config._attn_implementation = "sdpa"
 torch.manual_seed(0)
 torch.set_default_dtype(torch.bfloat16)
@@ -301,7 +309,12 @@ def _child(command: Sequence[str], environment: dict[str, str]) -> dict[str, Any
     command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
   )
   if result.returncode:
-    return {"error": result.stderr.strip()[-2000:] or f"exit status {result.returncode}"}
+    # JAX ends with a note on tracebacks; what went wrong stands before it.
+    lines = [line for line in result.stderr.splitlines() if re.match(r"[\w.]+(Error|Exit)\b", line)]
+    return {
+      "error": (lines or [f"exit status {result.returncode}"])[-1],
+      "log": result.stderr[-4000:],
+    }
   return json.loads(result.stdout.strip().splitlines()[-1])
 
 
@@ -311,13 +324,14 @@ def _peer(row: Row) -> dict[str, Any]:
       importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
       return {"error": f"{package} is not installed"}
-  numbers = (*MODELS[row.model], row.batch_size, row.seq_len, _WARM_UP, _GROUPS, _SECONDS)
+  tied = int(row.model in TIED)
+  numbers = (*MODELS[row.model], tied, row.batch_size, row.seq_len, _WARM_UP, _GROUPS, _SECONDS)
   return _child([sys.executable, "-c", PEER, *map(str, numbers)], {})
 
 
 def _line(text: str, who: str, found: dict[str, Any]) -> str:
   if "error" in found:
-    return f"{text:32} {who:14} failed: {found['error'].splitlines()[-1][:200]}"
+    return f"{text:32} {who:14} failed: {found['error'][:200]}"
   share = f"{found['limit']:.2f}" if "limit" in found else ""
   peak = found["peak_bytes"]
   memory = "" if peak is None else f"{peak / 1e9:8.2f} GB"
@@ -336,6 +350,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = {text: Row.parse(text) for text in arguments.rows or ROWS}
   except ValueError as error:
     parser.error(str(error))
+  if arguments.here and len(rows) != 1:
+    parser.error(f"--here: {len(rows)} rows; one is run")
   if arguments.here:
     print(json.dumps(measure(next(iter(rows.values())))))
     return 0
@@ -343,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   for text, row in rows.items():
     command = [sys.executable, "-m", "experiments.bench.train_step", text, "--here"]
     found = {"ours": _child(command, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"})}
-    if arguments.peer:
+    if arguments.peer and row.quantized:
       found["peer"] = _peer(row)
     for who, each in found.items():
       print(_line(text, who, each), flush=True)

@@ -118,6 +118,7 @@ def save_adapter(
     FileExistsError: there is something at `path`.
     ValueError: an adapter that PEFT cannot express, or a path that the files of no family name.
   """
+  taken = None if initial is None else lora.taken_out(initial, constants, cfg)
   params, constants, cfg = lora.plain(params, constants, cfg, initial)
   flat = tree_paths.leaves(params)
   fixed = tree_paths.leaves(constants)
@@ -147,7 +148,7 @@ def save_adapter(
     text = card_text(config, cfg, lora.count(params, constants), card)
     (temporary / "README.md").write_text(text, encoding="utf-8")
     if frozen is not None:
-      alignment = _alignment(frozen, params, constants, base_names(frozen, model), initial)
+      alignment = _alignment(frozen, params, constants, base_names(frozen, model), taken)
       write_json(temporary / _FINGERPRINT, {"base_alignment": alignment})
 
 
@@ -155,15 +156,15 @@ def save_adapter(
 
 
 def _alignment(
-  frozen: Any, params: Any, constants: Any, names: Names, initial: Any = None
+  frozen: Any, params: Any, constants: Any, names: Names, taken: Any = None
 ) -> dict[str, float]:
   """p = ⟨W, Δ⟩ / ‖Δ‖² of each adapted module, those without a Δ left out.
 
   Args:
-    initial: what was taken out of W to make `frozen`.
+    taken: what was taken out of W to make `frozen`, as `lora.taken_out` gives it.
   """
   flat, fixed = tree_paths.leaves(params), tree_paths.leaves(constants)
-  start = tree_paths.leaves({} if initial is None else initial)
+  start = tree_paths.leaves({} if taken is None else taken)
   found = {}
   for path, leaf in names.flat.items():
     layer = lora.module(path)
@@ -174,9 +175,9 @@ def _alignment(
     for index, name in tensor_names(names.templates[path], leaf.shape):
       one, own_a, own_b = jax.tree.map(lambda x, index=index: x[index], (w, a, b))
       p = float(_projection(one, own_a, own_b, scaling[index[: scaling.ndim]]))
-      if initial is not None:
-        taken = (start[f"{layer}/{name}"][index] for name in ("lora_a", "lora_b"))
-        p += float(_projection_of_product(*taken, own_a, own_b))
+      if taken is not None:
+        pair = (start[f"{layer}/{name}"][index] for name in ("lora_a", "lora_b"))
+        p += float(_projection_of_product(*pair, own_a, own_b))
       if math.isfinite(p):
         found[name.removesuffix(".weight")] = p
   return found

@@ -82,8 +82,11 @@ def attend(
     `[B, T, H, h]` in q's dtype.
 
   Raises:
-    ValueError: the implementation that was named cannot serve the case, with its reason.
+    ValueError: the implementation that was named cannot serve the case, with its reason; a window
+      below 1.
   """
+  if any(window is not None and window < 1 for window in windows):
+    raise ValueError(f"attend: windows {tuple(windows)}; a token sees at least itself")
   case = Case.of(q, k, visible, windows, softcap)
   name = choose(case, implementation)
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -438,7 +441,7 @@ def _cudnn(q, k, v, *, visible: Visible, window: int | None, scale: float) -> ja
       implementation="cudnn",
     )
   segment_ids = visible.segment_ids[0]
-  most = _most_segments(q.shape[1])
+  most = most_segments(q.shape[1])
   starts, lengths, fits = _segments(segment_ids, most)
 
   def packed(q, k, v):
@@ -453,8 +456,11 @@ def _cudnn(q, k, v, *, visible: Visible, window: int | None, scale: float) -> ja
   return jax.lax.cond(fits, packed, blockwise, q, k, v)
 
 
-def _most_segments(tokens: int) -> int:
-  """Segments of a row that the kernel is laid out for: each costs it some work, used or not."""
+def most_segments(tokens: int) -> int:
+  """Runs of equal ids in a row of so many tokens that cuDNN's kernel is laid out for.
+
+  Each costs it some work, used or not. A batch with more in a row goes by blocks.
+  """
   return max(32, tokens // 64)
 
 
@@ -468,8 +474,7 @@ def _segments(segment_ids: jax.Array, most: int) -> tuple[jax.Array, jax.Array, 
     0 comes back after another (then segments are more than runs).
   """
   batch, tokens = segment_ids.shape
-  before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-  first = segment_ids != before
+  first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
   run = jnp.cumsum(first, 1) - 1
   highest = jax.lax.cummax(jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0))), axis=1)
   rising = jnp.where(first & (segment_ids != 0), segment_ids > highest, True)

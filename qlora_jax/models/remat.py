@@ -9,6 +9,7 @@ From the least memory to the most, of a decoder layer:
   elementwise  and what the MLP's first products gave            norms, activations, no product
   none         everything                                        nothing
 
+No policy changes a result but by how XLA rounds what it fuses: nothing in float32, last bits in 16.
 "All but what ends the layer": the last product's result enters nothing that has a gradient, so
 XLA drops it.
 """

@@ -1,6 +1,7 @@
 """A trial whose adapters start as a part of the base: resumed, exported, and refused."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from experiments import trial
 from qlora_jax import config as config_lib
-from qlora_jax import hf, lora, train, tree_paths
+from qlora_jax import hf, lora, sweeps, train, tree_paths
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 
 
@@ -87,6 +88,10 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(base, tmp_path, monkeypatch):
   assert trial.export_adapter(tmp_path / "whole", tmp_path / "exported") == 6
   again, _, _ = hf.load_adapter(tmp_path / "exported", frozen)
   jax.tree.map(np.testing.assert_array_equal, params, again)
+  # And says that what was measured is another model.
+  said = "the original 32-bit base; the quantized base's error is not in it"
+  assert said in (tmp_path / "stopped" / "adapter" / "README.md").read_text()
+  assert said in trial.closing_table(cfg, trial.run(cfg, tmp_path / "stopped"), tmp_path)
   # What was trained, beside what it started as.
   q = params["layers"]["attn"]["q"]
   assert np.abs(q["lora_a"][..., :4] - q["lora_a"][..., 4:]).max() > 0
@@ -101,6 +106,7 @@ def test_without_quantizing_it_starts_as_the_base(base, tmp_path, init):
   )["lora_16bit"]
   np.testing.assert_allclose(changed["loss_before"], plain["loss_before"], rtol=1e-5)
   assert changed["loss_after"] != plain["loss_after"]
+  assert "- fits" not in (tmp_path / init / "adapter" / "README.md").read_text()
 
 
 def test_eva_shares_the_ranks_out_and_resumes(base, tmp_path, monkeypatch):
@@ -134,6 +140,35 @@ def test_another_config_does_not_find_the_old_start(base, tmp_path, monkeypatch)
       run(config(base, **{"lora.rank": rank}), tmp_path / "run")
     with np.load(tmp_path / "run" / "initialized" / "params.npz") as file:
       assert file["layers/attn/q/lora_a"].shape[-1] == rank
+
+
+def test_a_disk_too_small_for_the_changed_base_says_so(base, tmp_path, monkeypatch):
+  free = SimpleNamespace(free=1000)
+  monkeypatch.setattr(trial.shutil, "disk_usage", lambda path: free)
+  message = (
+    r"the base that lora.init 'loftq' changes is kept, and needs 0 MB \(take lora.init 'lora'"
+  )
+  with pytest.raises(trial.RunDirectoryError, match=message):
+    run(config(base), tmp_path / "run")
+
+
+def test_the_16bit_stage_is_measured_as_one_of_16_bits(base, tmp_path, monkeypatch):
+  """As the trial of `model.quantize=False` is."""
+  cfg = config(base, **{"lora.init": "lora", "train.compare_16bit": True, "train.steps": 1})
+  configs = []
+
+  def stage(config, *_, quantization, **__):
+    configs.append((config, quantization))
+    return trial.Stage(1, 1, 1, 1, 1, 1, 1, 1, {}, None)
+
+  monkeypatch.setattr(trial, "run_stage", stage)
+  trial.run(cfg, tmp_path / "run")
+  ids = [sweeps.base_identity(each) for each, _ in configs]
+  assert ids[0] == sweeps.base_identity(cfg)
+  assert ids[1] == sweeps.base_identity(
+    config(base, **{"model.quantize": False, "lora.init": "lora"})
+  )
+  assert all(each.base_quantization == quantization for each, quantization in configs)
 
 
 def test_what_makes_no_sense_is_refused(base, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from experiments import base, run, trial
+from experiments import base, command_line, run, trial
 from qlora_jax import hf, metrics
 from qlora_jax.config import PretrainConfig
 
@@ -89,9 +89,6 @@ def environment(tmp_path_factory) -> dict[str, str]:
     **os.environ,
     "JAX_PLATFORMS": "cpu",
     "QLORA_JAX_CACHE": str(tmp_path_factory.mktemp("cache")),
-    # What one of these processes compiled, the next ones read.
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "PYTHONPATH": str(ROOT),
   }
 
@@ -165,6 +162,10 @@ def test_a_run_ends_with_the_table_and_its_files(finished, environment):
   # AdamW: two moments of each adapter, and two counts.
   assert qlora["optimizer_bytes"] == 2 * qlora["adapter_bytes"] + 8
   assert summary["environment"]["device"]["platform"] == "cpu"
+  # None of those of a GPU; rows are short.
+  used = {"attention": "plain", "remat": "none"}
+  assert qlora["implementations"] == {"matmul": "xla", **used}
+  assert full["implementations"] == {"matmul": None, **used}
   for name in ("config.json", "metrics.jsonl", "checkpoints", "adapter", "tensorboard"):
     assert (workdir / name).exists()
   assert [line["step"] for line in metrics.read(workdir) if "loss" in line] == list(range(1, 10))
@@ -375,6 +376,12 @@ def test_a_directory_of_something_else_is_left_alone(config, capsys, tmp_path):
   assert run.main(["--config", str(config), "--workdir", str(tmp_path)]) == 2
   assert "no config.json" in capsys.readouterr().err
   assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_kill_while_the_config_was_written_leaves_nothing_behind(config, tmp_path):
+  (tmp_path / "config.json.tmp").write_text('{"na')
+  trial.prepare_directory(tmp_path, command_line.parse(["--config", str(config)]).config)
+  assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_full_disk_is_reported_before_training(tmp_path, monkeypatch):

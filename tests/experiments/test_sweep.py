@@ -158,6 +158,28 @@ def test_a_wider_grid_reruns_nothing(config, tmp_path, stub):
   assert stub == [trials[0].id, trials[2].id]  # the new one, and the one that failed
 
 
+def test_a_default_that_has_changed_since_does_not_go_unseen(config, tmp_path, stub, capsys):
+  workdir, one = tmp_path / "s", trials_of(config)[3]
+  main(config, workdir)
+  path = workdir / "trials" / one.id / "config.json"
+  path.with_name("metrics.jsonl").write_text("{}")  # it has trained
+  stored = json.loads(path.read_text())
+  stored["lora"]["alpha"] = 5.0
+  path.write_text(json.dumps(stored))
+  stub.clear()
+  capsys.readouterr()
+  assert main(config, workdir) == 1
+  assert one.id not in stub
+  printed = capsys.readouterr().out
+  assert "2 finished, 2 failed" in printed
+  assert "holds a run with another config (lora.alpha: 5.0 before, 16.0 now)" in printed
+  # A field that is no more.
+  stored["lora"]["alfa"] = stored["lora"].pop("alpha")
+  path.write_text(json.dumps(stored))
+  assert main(config, workdir, "--index=3") == 1
+  assert "lora.alfa: no such field" in capsys.readouterr().out
+
+
 def test_one_trial_of_an_array_job(config, tmp_path, stub, capsys):
   trials = trials_of(config)
   assert main(config, tmp_path / "s", "--index=3") == 0
@@ -202,6 +224,8 @@ def test_flags_of_a_sweep_want_one(tmp_path, capsys, flag):
     (["--index=-1"], "--index: -1; the sweep's trials are 0 to 3"),
     (["--index=x"], "flag --index=x; a number is needed"),
     (["--index=1", "--ray"], "--index: with --ray, which runs all trials; give one of the two"),
+    (["--index=0", "--list"], "--index: with --list, which names all trials; give one of the two"),
+    (["--dry_run", "--ray"], "--dry_run: with --ray, which runs all trials; give one of the two"),
     (["--config.seed=5"], "trial 0 (quantization.block_size=16, seed=0): seed: set by the sweep"),
   ],
 )
@@ -343,14 +367,7 @@ def in_a_process(config: Path, workdir: Path, cache: Path, *head: str):
   return subprocess.run(
     [sys.executable, *head, "--config", str(config), "--workdir", str(workdir)],
     cwd=ROOT,
-    env={
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "QLORA_JAX_CACHE": str(cache),
-      # What one of these processes compiled, the next ones read.
-      "JAX_COMPILATION_CACHE_DIR": str(cache / "xla"),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    },
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "QLORA_JAX_CACHE": str(cache)},
     capture_output=True,
     text=True,
     timeout=600,
@@ -445,13 +462,13 @@ def arm():
   save = Checkpoints.save
 
   def dying(self, step, state):
-    if step == 6:
+    if step == int(os.environ["DEATH_STEP"]):
       try:
         pathlib.Path(os.environ["DEATH"]).touch(exist_ok=False)
       except FileExistsError:
         pass
       else:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(os.environ["DEATH_SIGNAL"]))
     save(self, step, state)
 
   Checkpoints.save = dying
@@ -462,10 +479,19 @@ if "default_worker.py" in " ".join(sys.orig_argv):
 
 
 @pytest.mark.slow
-def test_ray_sends_a_trial_again_whose_worker_died(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ("number", "step", "evaluations"),
+  # The trial that was killed had evaluated step 6, and did so again.
+  [(signal.SIGKILL, 6, 3), (signal.SIGTERM, 4, 2)],
+)
+def test_ray_sends_a_trial_again_whose_worker_died_or_was_stopped(
+  tmp_path, monkeypatch, number, step, evaluations
+):
   pytest.importorskip("ray")
   (tmp_path / "sitecustomize.py").write_text(DEATH)
   monkeypatch.setenv("DEATH", str(tmp_path / "died"))
+  monkeypatch.setenv("DEATH_SIGNAL", str(int(number)))
+  monkeypatch.setenv("DEATH_STEP", str(step))
   paths = [str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
   monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
   three = write(tmp_path, CONFIG.replace('  yield {"model.quantize": False}\n', ""))
@@ -473,8 +499,8 @@ def test_ray_sends_a_trial_again_whose_worker_died(tmp_path, monkeypatch):
   assert result.returncode == 1, result.stderr
   assert (tmp_path / "died").exists()
   logs = [path.read_text() for path in (tmp_path / "s").glob("trials/*/log.txt")]
-  # The trial that was killed had evaluated step 6, and did so again.
-  assert sum(log.count("held-out loss") for log in logs) == 3
+  assert sum(log.count("held-out loss") for log in logs) == evaluations
+  assert sum(log.count("resumes at step") for log in logs) == 1
   assert "2 finished, 1 failed, 0 with other processes" in result.stdout
   assert "FileNotFoundError: /nowhere/text.txt" in result.stdout
   assert result.stdout.count("→ held-out loss") == 2
@@ -501,6 +527,13 @@ def test_the_full_ablation_holds_the_short_one():
     for name in ("ablate", "ablate_full")
   )
   assert short < full
+
+
+@pytest.mark.parametrize("name", ["ablate", "ablate_full", "ablate_rank"])
+def test_ranks_are_compared_at_one_scaling(name):
+  configs = [each.config.lora for each in trials_of(ROOT / "configs" / f"{name}.py")]
+  assert len({each.rank for each in configs}) > 2
+  assert all(each.alpha == 2 * each.rank for each in configs)
 
 
 def test_without_ray_it_says_what_to_install(config, tmp_path, monkeypatch, capsys):

@@ -78,6 +78,12 @@ def test_a_checkpoint_is_read_a_tensor_at_a_time(checkpoint, init):
   assert half["embed"]["embedding"].dtype == jnp.bfloat16
 
 
+def test_eva_is_not_taken_for_plain_lora(checkpoint):
+  path, _ = checkpoint
+  with pytest.raises(ValueError, match="'eva' starts from activations"):
+    hf.initialize(jax.random.key(1), path, None, dataclasses.replace(CFG, init="eva"))
+
+
 def test_it_starts_as_the_checkpoint_and_its_file_fits_that(checkpoint, tmp_path):
   path, dense = checkpoint
   model, frozen, initial, constants = hf.initialize(jax.random.key(1), path, None, CFG)
@@ -104,6 +110,33 @@ def test_it_starts_as_the_checkpoint_and_its_file_fits_that(checkpoint, tmp_path
   assert own["base_alignment"] == {}
   with pytest.raises(ValueError, match="'pissa' changed the base: `initial`"):
     hf.save_adapter(tmp_path / "without", trained, constants, CFG)
+
+
+def test_the_fingerprint_counts_what_was_taken_out(checkpoint, tmp_path):
+  """That of the same adapter on the base with A · B put back, whatever of s LoftQ took out."""
+  path, _ = checkpoint
+  quantization = QuantizationConfig(block_size=16)
+  for ignores in (False, True):
+    cfg = dataclasses.replace(
+      CFG, init="loftq", targets=("*/attn/q",), loftq_iterations=1, loftq_ignores_scaling=ignores
+    )
+    model, frozen, initial, constants = hf.initialize(jax.random.key(1), path, quantization, cfg)
+    own = tmp_path / str(ignores)
+    trained = moved(initial)
+    hf.save_adapter(own, trained, constants, cfg, model=model, frozen=frozen, initial=initial)
+    whole = lora.merge(frozen, {}, {})
+    q, start = whole["layers"]["attn"]["q"], initial["layers"]["attn"]["q"]
+    scaling = np.asarray(constants["layers"]["attn"]["q"]["scaling"])[:, None, None]
+    q["kernel"] += (1 if ignores else scaling) * np.matmul(start["lora_a"], start["lora_b"])
+    params, fixed, plain = hf.load_adapter(own, whole, model=model)
+    hf.save_adapter(tmp_path / f"{ignores}-again", params, fixed, plain, model=model, frozen=whole)
+    one, other = (
+      json.loads((each / "qlora_jax.json").read_text())["base_alignment"]
+      for each in (own, tmp_path / f"{ignores}-again")
+    )
+    assert one.keys() == other.keys() and len(one) == 3
+    for name, value in one.items():
+      np.testing.assert_allclose(value, other[name], atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["vera", "lora_xs"])

@@ -1,0 +1,292 @@
+"""The error of every codebook on Gaussian weights, and of LoftQ and QPiSSA, beside an oracle's.
+
+  python -m experiments.bench.quantization_error [--out FILE.json] [--oracle PATH]
+
+First the mean squared error on weights from N(0, 1) of every name in `codebooks.names()`, float32
+scales, by block size, with its standard error (blocks are independent, weights of a block are not).
+All see the same weights, so their deviations go together. Then the relative error in the Frobenius
+norm, ‖W′ + s · A · B − W‖ / ‖W‖, of a quantized base without adapters, of LoftQ after one step and
+after five, and of QPiSSA, in blocks of 64, on Gaussian matrices and on ones whose singular values
+are k^-½; by full SVDs, as their definitions have it.
+
+`--oracle` is the path of an `oracle.json` (its schema: shared/reference/quantization.md). Expected
+values and deviations in standard errors then stand beside the first, the oracle's own draws beside
+the second.
+"""
+
+import argparse
+import functools
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax import codebooks, dequantize, lora_init, quantize
+from qlora_jax.codebooks import Codebook
+from qlora_jax.lora import Init, LoRAConfig
+from qlora_jax.quantization import QuantizationConfig
+
+BLOCK_SIZES = (32, 64, 128, 256)
+_SEED = 0
+_INITIALIZED_BLOCK = 64
+# Rows of the matrix of weights: a block size divides them.
+_K = 4096
+
+# Ours → the oracle's.
+REFERENCE = {
+  "nf4": "nf4",
+  "nf3": "nf3",
+  "nf2": "nf2",
+  "nf2_loftq": "nf2_loftq_asym",
+  "nf3_loftq": "nf3_loftq_asym",
+  "nf2_symmetric": "nf2_sym_loftq_irqlora",
+  "nf4_symmetric": "nf4_sym_loftq",
+  "fp4": "fp4_bnb",
+  "e2m1": "fp4_e2m1_ocp",
+  "e3m0": "fp4_e3m0",
+  "e2m1_super_precision": "fp4_e2m1_sp",
+  "e2m1_super_range": "fp4_e2m1_sr",
+  "apot4": "apot4",
+  "apot4_super_precision": "apot4_sp",
+  "sf4": "sf4_nu5",
+  "iq4_nl": "iq4_nl",
+  "int2": "int2_sym1",
+  "int2_signed": "int2_full2_signed",
+  "int2_no_zero": "int2_uniform_nozero",
+  "int3": "int3_sym3",
+  "int3_signed": "int3_full4_signed",
+  "int4": "int4_sym7",
+  "int4_signed": "int4_full8_signed",
+  "int4_absmax8": "int4_full8_absmax",
+  "int4_absmax7_5": "int4_75",
+  "int8": "int8_sym127",
+  "equal_mass16": "equal_mass16_midppf",
+  "equal_mass16_means": "equal_mass16_centroid",
+}
+
+# Those of which each block size has its own: ours → the oracle's family.
+BY_BLOCK = {
+  "af4": "af4",
+  "bof4": "bof4_mse",
+  "bof4s": "bof4s_mse",
+  "bof4_mae": "bof4_mae",
+  "bof4s_mae": "bof4s_mae",
+  "bof3": "bof3_mse",
+  "bof3s": "bof3s_mse",
+  "bof2": "bof2_mse",
+  "bof2s": "bof2s_mse",
+}
+
+# Those with a zero-point, of which the oracle has a Monte Carlo mean alone: ours → the oracle's.
+SAMPLED = {"int4_zero_point": "int4_asym_intzp"}
+
+# The columns of the second table: the oracle's name → what it is.
+METHODS = {
+  "qlora": "plain",
+  "loftq_T1": "LoftQ, 1 step",
+  "loftq_T5": "LoftQ, 5 steps",
+  "qpissa": "QPiSSA",
+}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _block_errors(w: jax.Array, codebook: Codebook, block_size: int) -> jax.Array:
+  """The mean squared error of each block of w `[K, N]`: `[K / block_size, N]`."""
+  packed = quantize(w, codebook=codebook, block_size=block_size, double_quantization=False)
+  return jnp.square(dequantize(packed) - w).reshape(-1, block_size, w.shape[1]).mean(1)
+
+
+def codebook_error(w: jax.Array, codebook: Codebook, block_size: int) -> tuple[float, float]:
+  """The mean squared error on w `[K, N]`, and its standard error."""
+  blocks = np.asarray(_block_errors(w, codebook, block_size), np.float64)
+  return float(blocks.mean()), float(blocks.std(ddof=1) / math.sqrt(blocks.size))
+
+
+def expected_error(oracle: Any, name: str, block_size: int) -> tuple[float, float] | None:
+  """The oracle's mean squared error and that value's standard error; None where it has no row."""
+  size = str(block_size)
+  if name in SAMPLED:
+    row = oracle["mc"]["results"][SAMPLED[name]].get(size, {}).get("fp32")
+    return row and (row["mse"], row["mse_se"])
+  key = f"{BY_BLOCK[name]}(B-matched)" if name in BY_BLOCK else REFERENCE.get(name)
+  row = oracle["analytic"].get(key, {}).get(size)
+  return row and (row["mse"], 0.0)
+
+
+def codebook_row(w: jax.Array, name: str, block_size: int, oracle: Any) -> dict[str, Any]:
+  """What is known of a codebook at a block size; `oracle` may be None."""
+  mse, standard_error = codebook_error(w, codebooks.get(name, block_size), block_size)
+  row: dict[str, Any] = {
+    "codebook": name,
+    "block_size": block_size,
+    "mse": mse,
+    "standard_error": standard_error,
+  }
+  if oracle and (expected := expected_error(oracle, name, block_size)):
+    deviation = (mse - expected[0]) / math.hypot(standard_error, expected[1])
+    row |= {"expected": expected[0], "deviation": deviation}
+  return row
+
+
+def matrix(size: int, spectrum: str, seed: int) -> np.ndarray:
+  """`[size, size]` float32 from N(0, 1), or with its singular values replaced by k^-½."""
+  w = np.random.default_rng(seed).normal(size=(size, size))
+  if spectrum != "gauss":
+    u, _, vt = np.linalg.svd(w)
+    w = u * np.arange(1, size + 1) ** -0.5 @ vt
+  return w.astype(np.float32)
+
+
+def initialization_errors(w: np.ndarray, codebook: str, rank: int) -> dict[str, float]:
+  """Relative errors of one matrix, by the names in `METHODS`."""
+  rules = {"w": QuantizationConfig(codebook, _INITIALIZED_BLOCK, double_quantization=False)}
+
+  def relative(x: np.ndarray) -> float:
+    return float(np.linalg.norm(x - w) / np.linalg.norm(w))
+
+  def start(init: Init, iterations: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The dequantized base, and it with its adapters."""
+    # alpha is the rank, so that s = 1: A · B is the same for any other.
+    cfg = LoRAConfig(
+      rank=rank,
+      alpha=float(rank),
+      targets=("w",),
+      init=init,
+      loftq_iterations=iterations,
+      svd_iterations=None,
+    )
+    frozen, params, _ = lora_init.initialize(
+      jax.random.key(_SEED), {"w": jnp.asarray(w)}, rules, cfg
+    )
+    a, b = (np.asarray(params["w"][name], np.float64) for name in ("lora_a", "lora_b"))
+    base = np.asarray(dequantize(frozen["w"]), np.float64)
+    return base, base + a @ b
+
+  # LoftQ's first base is q(W).
+  plain, once = start("loftq")
+  return {
+    "qlora": relative(plain),
+    "loftq_T1": relative(once),
+    "loftq_T5": relative(start("loftq", 5)[1]),
+    "qpissa": relative(start("pissa")[1]),
+  }
+
+
+def initialization_row(
+  size: int, rank: int, draws: int, spectrum: str, codebook: str, oracle: Any
+) -> dict[str, Any]:
+  """Relative errors of each draw, and the oracle's of its own; `oracle` may be None."""
+  found = [
+    initialization_errors(matrix(size, spectrum, seed), codebook, rank) for seed in range(draws)
+  ]
+  row: dict[str, Any] = {"codebook": codebook, "spectrum": spectrum, "rank": rank, "size": size}
+  row |= {name: [each[name] for each in found] for name in METHODS}
+  # The oracle's matrices are 512 × 512.
+  prefix = f"{spectrum}|{codebook}|r{rank}|"
+  if oracle and size == 512:
+    theirs = [each for key, each in oracle["loftq"].items() if key.startswith(prefix)]
+    row["expected"] = {name: [each[name] for each in theirs] for name in METHODS}
+  return row
+
+
+def codebook_line(row: dict[str, Any]) -> str:
+  """A row of the first table, with two dashes where nothing is expected."""
+  line = f"{row['codebook']:22}{row['block_size']:5}{row['mse']:13.5g}{row['standard_error']:10.1e}"
+  if "expected" not in row:
+    return f"{line}{'-':>13}{'-':>8}"
+  return f"{line}{row['expected']:13.5g}{row['deviation']:+8.1f}"
+
+
+def initialization_lines(row: dict[str, Any]) -> list[str]:
+  """A row of the second table: a line for each of our draws, then for each of the oracle's."""
+  lines = []
+  for whose, values in (("", row), (" (oracle)", row.get("expected", {}))):
+    for each in zip(*(values.get(name, []) for name in METHODS), strict=True):
+      label = f"{row['codebook']}, {row['spectrum']}{whose}"
+      lines.append(f"{label:32}" + "".join(f"{value:16.4f}" for value in each))
+  return lines
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list]:
+  def parse(text: str) -> list:
+    return [kind(part) for part in text.split(",")]
+
+  return parse
+
+
+def main(argv: Sequence[str]) -> int:
+  """Measures, prints both tables, and writes the JSON where `--out` says so."""
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.bench.quantization_error",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--out", type=Path)
+  parser.add_argument("--oracle", type=Path)
+  parser.add_argument("--codebooks", type=_list_of(str), default=list(codebooks.names()))
+  parser.add_argument("--block_sizes", type=_list_of(int), default=list(BLOCK_SIZES))
+  parser.add_argument("--weights", type=int, default=2**22, help=f"a multiple of {_K}")
+  parser.add_argument("--initialized", type=_list_of(str), default=["nf4", "nf2"])
+  parser.add_argument("--size", type=int, default=512, help="K and N of the initialized matrices")
+  parser.add_argument("--rank", type=int, default=64)
+  parser.add_argument("--draws", type=int, default=2, help="of the initialized matrices")
+  arguments = parser.parse_args(argv)
+  if arguments.weights < _K or arguments.weights % _K:
+    parser.error(f"--weights: {arguments.weights}; a multiple of {_K}")
+  if not 1 <= arguments.rank <= arguments.size:
+    parser.error(f"--rank: {arguments.rank}; from 1 to --size, {arguments.size}")
+  if arguments.draws < 1:
+    parser.error(f"--draws: {arguments.draws}; at least 1")
+  for block_size in arguments.block_sizes:
+    if block_size < 1 or _K % block_size:
+      parser.error(f"--block_sizes: {block_size}; a divisor of {_K}")
+  # Ahead of all work. Constructed tables take a second each, and are kept.
+  wanted = [(name, size) for name in arguments.codebooks for size in arguments.block_sizes]
+  for name, block_size in [(name, _INITIALIZED_BLOCK) for name in arguments.initialized] + wanted:
+    try:
+      codebooks.get(name, block_size)
+    except (ValueError, FileNotFoundError) as error:
+      parser.error(str(error))
+  oracle = json.loads(arguments.oracle.read_text()) if arguments.oracle else None
+
+  report: dict[str, Any] = {
+    "command": f"{parser.prog} {' '.join(argv)}".rstrip(),
+    "device": jax.devices()[0].device_kind,
+    "jax": jax.__version__,
+    "python": platform.python_version(),
+    "seed": _SEED,
+    "weights": arguments.weights,
+    "codebooks": [],
+    "initializations": [],
+  }
+  print(f"{report['device']}, JAX {report['jax']}, Python {report['python']}")
+  print(f"\n{'codebook':22}{'block':>5}{'MSE':>13}{'± s.e.':>10}{'expected':>13}{'in s.e.':>8}")
+  w = jax.random.normal(jax.random.key(_SEED), (_K, arguments.weights // _K))
+  for name in arguments.codebooks:
+    for block_size in arguments.block_sizes:
+      report["codebooks"].append(codebook_row(w, name, block_size, oracle))
+      print(codebook_line(report["codebooks"][-1]), flush=True)
+
+  label = f"{arguments.size} × {arguments.size}, rank {arguments.rank}"
+  print(f"\n{label:32}" + "".join(f"{method:>16}" for method in METHODS.values()))
+  for spectrum in ("gauss", "lowrank+gauss"):
+    for codebook in arguments.initialized:
+      row = initialization_row(
+        arguments.size, arguments.rank, arguments.draws, spectrum, codebook, oracle
+      )
+      report["initializations"].append(row)
+      print("\n".join(initialization_lines(row)), flush=True)
+  if arguments.out:
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

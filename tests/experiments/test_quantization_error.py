@@ -1,0 +1,142 @@
+"""The bench of every codebook's error, at small sizes."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.bench import quantization_error
+from qlora_jax import codebooks
+
+SMALL = ["--codebooks=nf4,fp4,int4_zero_point,bof4s", "--block_sizes=64", "--weights=262144"]
+SMALL += ["--initialized=nf4", "--size=64", "--rank=8", "--draws=1"]
+
+
+def oracle_of(mse):
+  """An oracle that is right about nothing but its schema."""
+  analytic = {"nf4": mse, "fp4_bnb": 2 * mse, "bof4s_mse(B-matched)": 3 * mse}
+  return {
+    "analytic": {name: {"64": {"mse": value}} for name, value in analytic.items()},
+    "mc": {"results": {"int4_asym_intzp": {"64": {"fp32": {"mse": mse, "mse_se": mse / 10}}}}},
+    "loftq": {},
+  }
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("bench")
+  (folder / "oracle.json").write_text(json.dumps(oracle_of(0.008)))
+  arguments = [*SMALL, f"--oracle={folder / 'oracle.json'}", f"--out={folder / 'out.json'}"]
+  assert quantization_error.main(arguments) == 0
+  return json.loads((folder / "out.json").read_text())
+
+
+def test_errors_of_codebooks(report):
+  rows = {row["codebook"]: row for row in report["codebooks"]}
+  assert list(rows) == ["nf4", "fp4", "int4_zero_point", "bof4s"]
+  # shared/reference/quantization.md, exact scales, block 64.
+  assert rows["nf4"]["mse"] == pytest.approx(0.00846, rel=0.02)
+  assert rows["bof4s"]["mse"] == pytest.approx(0.007352, rel=0.02)
+  assert rows["fp4"]["mse"] > 1.5 * rows["nf4"]["mse"]
+  assert all(0 < row["standard_error"] < 0.01 * row["mse"] for row in rows.values())
+
+
+def test_deviations_are_in_standard_errors(report):
+  rows = {row["codebook"]: row for row in report["codebooks"]}
+  for name, expected, own in (
+    ("nf4", 0.008, 0),
+    ("fp4", 0.016, 0),
+    ("bof4s", 0.024, 0),
+    ("int4_zero_point", 0.008, 0.0008),
+  ):
+    row = rows[name]
+    assert row["expected"] == pytest.approx(expected)
+    units = math.sqrt(row["standard_error"] ** 2 + own**2)
+    assert row["deviation"] == pytest.approx((row["mse"] - expected) / units)
+
+
+def test_the_standard_error_is_that_of_repeated_draws():
+  """Of the mean over blocks: what 64 draws of 128 blocks scatter by."""
+  draws = [
+    quantization_error.codebook_error(
+      jax.random.normal(jax.random.key(i), (1024, 8)), codebooks.get("nf4"), 64
+    )
+    for i in range(64)
+  ]
+  means, errors = np.asarray(draws).T
+  # The scatter of 64 is known to 9%.
+  assert errors.mean() == pytest.approx(means.std(ddof=1), rel=0.3)
+
+
+def test_initializations(report):
+  rows = report["initializations"]
+  assert [(row["codebook"], row["spectrum"]) for row in rows] == [
+    ("nf4", "gauss"),
+    ("nf4", "lowrank+gauss"),
+  ]
+  for row in rows:
+    (five,), (one,), (plain,) = row["loftq_T5"], row["loftq_T1"], row["qlora"]
+    assert five < one < plain
+    assert "expected" not in row  # of another size than the oracle's
+  # Where the spectrum falls, what is left to quantize is smaller.
+  assert rows[1]["qpissa"][0] < rows[1]["loftq_T5"][0]
+
+
+def test_the_matrix_has_the_spectrum_that_it_names():
+  w = quantization_error.matrix(32, "lowrank+gauss", 0)
+  found = np.linalg.svd(w, compute_uv=False)
+  np.testing.assert_allclose(found, np.arange(1, 33) ** -0.5, rtol=1e-5)
+
+
+def test_the_reference_s_oracle_has_a_row_for_every_name(shared):
+  oracle = json.loads((shared / "reference" / "oracle.json").read_text())
+  mapped = quantization_error.REFERENCE | quantization_error.BY_BLOCK | quantization_error.SAMPLED
+  assert mapped.keys() <= set(codebooks.names())
+  for name in mapped:
+    for block_size in quantization_error.BLOCK_SIZES:
+      assert quantization_error.expected_error(oracle, name, block_size), (name, block_size)
+  assert quantization_error.expected_error(oracle, "nf4", 64) == (
+    pytest.approx(0.00846, rel=1e-3),
+    0,
+  )
+  assert quantization_error.expected_error(oracle, "mine", 64) is None
+
+
+def test_without_a_row_there_are_dashes():
+  row = {"codebook": "mine", "block_size": 64, "mse": 0.01, "standard_error": 1e-5}
+  assert quantization_error.codebook_line(row).split() == [
+    "mine",
+    "64",
+    "0.01",
+    "1.0e-05",
+    "-",
+    "-",
+  ]
+
+
+def test_a_line_for_each_draw_and_each_of_the_oracle_s():
+  ours = {name: [1.0, 2.0] for name in quantization_error.METHODS}
+  theirs = {name: [0.5] for name in quantization_error.METHODS}
+  row = {"codebook": "nf4", "spectrum": "gauss", **ours}
+  assert len(quantization_error.initialization_lines(row)) == 2
+  row = {**row, "expected": theirs}
+  last = quantization_error.initialization_lines(row)[2]
+  assert last.split() == ["nf4,", "gauss", "(oracle)", *4 * ["0.5000"]]
+
+
+@pytest.mark.parametrize(
+  "argument, message",
+  [
+    ("--weights=5000", "--weights: 5000; a multiple of 4096"),
+    ("--block_sizes=48", "--block_sizes: 48; a divisor of 4096"),
+    ("--codebooks=nf5", "codebook 'nf5': no such table; did you mean nf4?"),
+    ("--rank=600", "--rank: 600; from 1 to --size, 512"),
+    ("--draws=0", "--draws: 0; at least 1"),
+  ],
+)
+def test_arguments_that_make_no_sense(argument, message, capsys):
+  with pytest.raises(SystemExit):
+    quantization_error.main([argument])
+  assert message in capsys.readouterr().err

@@ -48,12 +48,14 @@ def test_value_and_gradients(rank):
   g = jax.random.normal(jax.random.key(1), (M, N), jnp.bfloat16)
   y, dx, da, db = jax.jit(with_gradients)(x, w, a, b, g)
   assert (y.dtype, dx.dtype, da.dtype, db.dtype) == (x.dtype, x.dtype, a.dtype, b.dtype)
+  apart = jnp.matmul(x, gpu_dequantize.dequantize(w, x.dtype)) + lora.apply(x, a, b, SCALING)
   x, a, b, g = (np.asarray(each, np.float64) for each in (x, a, b, g))
   whole = np.asarray(dequantize(w), np.float64) + 2 * a @ b
   # Roundings of the weight, of the result, and of A and B: each 2⁻⁹ at most, a third of it on
   # average.
   for found, exact in ((y, x @ whole), (dx, g @ whole.T)):
     assert deviation(found, exact) < 4e-3
+  assert deviation(y, x @ whole) < deviation(apart, x @ whole)
   assert deviation(da, 2 * x.T @ (g @ b.T)) < 4e-3
   assert deviation(db, 2 * (x @ a).T @ g) < 4e-3
 

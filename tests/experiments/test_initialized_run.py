@@ -12,6 +12,9 @@ from qlora_jax import config as config_lib
 from qlora_jax import hf, lora, sweeps, train, tree_paths
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 
+# Models trained and decomposed: many programs to compile.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -13,6 +13,9 @@ from qlora_jax import QuantizationConfig, hf, lora, lora_init
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 
+# Models trained and decomposed: many programs to compile.
+pytestmark = pytest.mark.slow
+
 # float32, logits of order 1.
 LOGITS = 2e-5
 

@@ -303,6 +303,7 @@ def test_a_tied_head_and_old_buffers_may_be_in_the_file(tmp_path):
   assert_same(loaded, frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_files_of_16_bits(tmp_path, base, dtype):
   model, frozen = base

@@ -101,6 +101,7 @@ def test_its_parts_are_those_of_the_loaded_base(saved):
   )
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_whole_model(saved):
   model, frozen = hf.load(saved)
   _, lazy = hf.open_stored(saved)

@@ -87,6 +87,7 @@ def one_layer(model, frozen) -> tuple[Any, Any]:
   return Transformer(config, jnp.float32), first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FIELDS)
 def test_generation_with_a_cache_is_the_full_forward_token_by_token(model_type):
   model, frozen = model_and_base(model_type)
@@ -141,6 +142,7 @@ def test_logits_with_a_cache_are_those_without(model_type):
   np.testing.assert_allclose(found[:, last], expected[:, last], rtol=0, atol=2e-5 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FIELDS)
 def test_adapters_reach_every_projection_live_and_merged(model_type):
   model, frozen = model_and_base(model_type)

@@ -47,6 +47,7 @@ def gradient_of(remat, config=CONFIG, **options):
   return jax.value_and_grad(loss), params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
   [{}, {"attention": "blockwise"}, {"mlp_chunk": 20}],
@@ -109,6 +110,7 @@ def test_what_is_kept():
   assert none > elementwise + fewest * wide / 2
 
 
+@pytest.mark.slow
 def test_an_mlp_in_chunks_holds_a_chunks_activations():
   wide = dataclasses.replace(CONFIG, num_layers=2, intermediate_size=2048)
   whole, chunks = (temporaries("full", config=wide, mlp_chunk=each) for each in (None, 8))
@@ -117,6 +119,7 @@ def test_an_mlp_in_chunks_holds_a_chunks_activations():
   assert chunks < 0.4 * whole
 
 
+@pytest.mark.slow
 def test_experts_under_every_policy():
   config = dataclasses.replace(CONFIG, num_layers=2, num_experts=4, experts_per_token=2)
   expected = None

@@ -15,6 +15,7 @@ import numpy as np
 
 from qlora_jax import memory, tree_paths
 from qlora_jax.data import Dataset, evaluation_batches
+from qlora_jax.losses import token_chunks
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantization import QuantizationConfig, dequantize, quantize
 from qlora_jax.quantized_tensor import (
@@ -84,11 +85,7 @@ def _by_sequence(model, variables, reference, batch, loss_chunk):
     ).reshape(mask.size, -1)
     for each in every
   ]
-  chunk = min(loss_chunk, mask.size)
-
-  def chunks(x):
-    padding = ((0, -mask.size % chunk), *((0, 0),) * (x.ndim - 1))
-    return jnp.pad(x, padding).reshape(-1, chunk, *x.shape[1:])
+  chunks = functools.partial(token_chunks, loss_chunk)
 
   def tokens(part):
     hidden, targets = part

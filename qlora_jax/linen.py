@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qlora_jax import lora
-from qlora_jax.matmul import adapted_matmul, fuses_adapter, quantized_matmul
+from qlora_jax.matmul import adapted_matmul, fuses_adapter, manual_axes, quantized_matmul
 from qlora_jax.quantized_tensor import AnyQuantizedTensor
 
 Initializer = Callable[..., jax.Array]
@@ -59,7 +59,6 @@ def plain_weight(
   return value
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(dtype: DTypeLike, x: jax.Array, kernel: jax.Array) -> jax.Array:
   """`[..., K] · [K, N]`, both of one dtype, to `[..., N]` of `dtype`.
 
@@ -67,11 +66,16 @@ def _matmul(dtype: DTypeLike, x: jax.Array, kernel: jax.Array) -> jax.Array:
   had that dtype: JAX would make the kernel float32 instead, twice its size, for a product at less
   than half the speed.
   """
+  return _rounding_gradient(dtype, *manual_axes.alike(x, kernel))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounding_gradient(dtype, x, kernel):
   return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
 def _matmul_forward(dtype, x, kernel):
-  return _matmul(dtype, x, kernel), (x, kernel)
+  return _rounding_gradient(dtype, x, kernel), (x, kernel)
 
 
 def _matmul_backward(dtype, residuals, g):
@@ -82,7 +86,7 @@ def _matmul_backward(dtype, residuals, g):
   return jnp.matmul(g, kernel.T), jnp.matmul(rows[0].T, rows[1])
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_rounding_gradient.defvjp(_matmul_forward, _matmul_backward)
 
 
 class QDense(nn.Module):

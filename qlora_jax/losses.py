@@ -63,21 +63,27 @@ def chunked_cross_entropy(
     hidden, targets, mask = part
     return total + cross_entropy(head(trained, fixed, hidden), targets, mask, z_loss), None
 
-  parts = _chunks(chunk, hidden, targets, mask)
+  parts = _parts(chunk, hidden, targets, mask)
   return jax.lax.scan(step, jnp.zeros((), jnp.float32), parts)[0]
 
 
-def _chunks(chunk: int, hidden, targets, mask) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`[n, chunk, D]`, `[n, chunk]`, `[n, chunk]`; what fills them up is masked."""
-  tokens = targets.size
+def token_chunks(chunk: int, x: jax.Array) -> jax.Array:
+  """`[tokens, ...] → [n, chunk, ...]`, the last chunk filled up with zeros (False).
+
+  Args:
+    chunk: tokens of a chunk; all of them where there are fewer.
+    x: any array whose first axis is tokens.
+  """
+  tokens = x.shape[0]
   chunk = min(chunk, tokens)
+  x = jnp.pad(x, [(0, -tokens % chunk), *[(0, 0)] * (x.ndim - 1)])
+  return x.reshape(-1, chunk, *x.shape[1:])
 
-  def cut(x: jax.Array) -> jax.Array:
-    x = x.reshape(tokens, *x.shape[targets.ndim :])
-    x = jnp.pad(x, [(0, -tokens % chunk), *[(0, 0)] * (x.ndim - 1)])
-    return x.reshape(-1, chunk, *x.shape[1:])
 
-  return cut(hidden), cut(targets), cut(mask)
+def _parts(chunk: int, hidden, targets, mask) -> tuple[jax.Array, ...]:
+  """`[n, chunk, D]`, `[n, chunk]`, `[n, chunk]`; what fills them up is masked."""
+  flat = (hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), mask.reshape(-1))
+  return tuple(token_chunks(chunk, x) for x in flat)
 
 
 # The gradient of a chunk is taken before the loss's own scale is known: unscaled, what the head
@@ -98,7 +104,7 @@ def _forward(head, chunk, z_loss, trained, fixed, hidden, targets, mask):
     return jax.tree.map(lambda x, y: x + y.astype(x.dtype), sums, (value, of_trained)), of_states
 
   sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.zeros(()), trained))
-  (total, of_trained), of_hidden = jax.lax.scan(step, sums, _chunks(chunk, hidden, targets, mask))
+  (total, of_trained), of_hidden = jax.lax.scan(step, sums, _parts(chunk, hidden, targets, mask))
   of_trained = jax.tree.map(lambda x, y: x.astype(y.dtype), of_trained, trained)
   of_hidden = of_hidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
   return total / scale, (of_trained, of_hidden)

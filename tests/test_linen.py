@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from qlora_jax import dequantize, lora, quantize, quantized_matmul
 from qlora_jax.linen import Embed, QDense, TiedHead
@@ -302,3 +303,38 @@ def test_a_tied_head_and_its_adapter(dtype):
   np.testing.assert_array_equal(own, run(TiedHead(dtype), {}, x, other.T))
   with pytest.raises(ValueError, match="kernel: shape"):
     run(TiedHead(dtype), {"params": {"kernel": other.T}}, x, table())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_devices_that_share_the_layer_add_up(packed):
+  params, constants = adapter()
+  kernel = quantize(dense()) if packed else dense()
+  module, x = layer(output_dtype=jnp.float32), x_of(8)
+
+  def gradient(params, kernel, x):
+    def loss(params):
+      variables = {"params": params, "constants": constants, "frozen": {"kernel": kernel}}
+      return jnp.square(run(module, variables, x)).sum()
+
+    return jax.grad(loss)(params)
+
+  mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+  split = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P(), P("d")), out_specs=P())
+  found, expected = jax.jit(split)(params, kernel, x), gradient(params, kernel, x)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, expected)
+
+
+def test_a_kernel_trained_in_full_on_several_devices():
+  def gradient(kernel, x):
+    def loss(kernel):
+      module = layer(dtype=jnp.bfloat16, output_dtype=jnp.float32)
+      return jnp.square(run(module, {"params": {"kernel": kernel}}, x)).sum()
+
+    return jax.grad(loss)(kernel)
+
+  mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+  split = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("d")), out_specs=P())
+  x = x_of(8)
+  found, expected = jax.jit(split)(dense(), x), gradient(dense(), x)
+  # Each device rounds its own part to bfloat16.
+  np.testing.assert_allclose(found, expected, rtol=2e-2, atol=2e-2 * float(jnp.abs(expected).max()))

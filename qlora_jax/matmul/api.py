@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.matmul import gpu, xla
+from qlora_jax.matmul import gpu, manual_axes, xla
 from qlora_jax.quantized_tensor import AnyQuantizedTensor, is_quantized
 
 
@@ -76,7 +76,7 @@ def quantized_matmul(
     raise ValueError(
       f"quantized_matmul: x {list(x.shape)} and w {list(w.shape)}; x's last axis is w's first"
     )
-  return _product(choose(x, w, implementation), x, w)
+  return _product(choose(x, w, implementation), *manual_axes.alike(x, w))
 
 
 def choose(x: Any, w: AnyQuantizedTensor, name: str | None = None) -> str:
@@ -122,30 +122,41 @@ _product.defvjp(_product_forward, _product_backward)
 def _folded(product: Callable[[jax.Array, AnyQuantizedTensor], jax.Array]):
   """`product` with a batching rule: a batch of x alone becomes rows of one product."""
   folded = jax.custom_batching.custom_vmap(product)
-
-  @folded.def_vmap
-  def _rule(axis_size, batched, x, w):
-    x_batched, w_batched = batched
-    if not any(jax.tree.leaves(w_batched)):
-      # custom_vmap moves the batch to the front, where the product takes any leading axes.
-      return folded(x, w), True
-    if max(leaf.size for leaf in jax.tree.leaves(w)) >= _MOST_INDICES:
-      # One matrix after the other: a kernel's indices could not count through the whole stack.
-      def one(i):
-        part = jax.tree.map(lambda leaf, b: leaf[i] if b else leaf, (x, w), tuple(batched))
-        return product(*part)
-
-      return jax.lax.map(one, jnp.arange(axis_size)), True
-    axes = (0 if x_batched else None, jax.tree.map(lambda b: 0 if b else None, w_batched))
-    return jax.vmap(product, axes, axis_size=axis_size)(x, w), True
-
+  _define_batching(folded, product)
   return folded
+
+
+def _define_batching(function: Any, one: Callable[..., jax.Array]) -> None:
+  """A batch of the first operand alone becomes its rows; else `one` serves each of the batch.
+
+  Args:
+    function: a `custom_vmap` of x, a weight, and others.
+    one: of the same operands and result.
+  """
+
+  @function.def_vmap
+  def _rule(axis_size, batched, *operands):
+    if not any(jax.tree.leaves(batched[1:])):
+      # custom_vmap moves the batch to the front, where the product takes any leading axes.
+      return function(*operands), True
+    if max(leaf.size for leaf in jax.tree.leaves(operands[1])) >= _MOST_INDICES:
+      # One matrix after the other: a kernel's indices could not count through the whole stack.
+      def at(i):
+        return one(*jax.tree.map(lambda leaf, b: leaf[i] if b else leaf, operands, tuple(batched)))
+
+      return jax.lax.map(at, jnp.arange(axis_size)), True
+    axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
+    return jax.vmap(one, axes, axis_size=axis_size)(*operands), True
 
 
 def fuses_adapter(
   x: jax.Array, w: AnyQuantizedTensor, rank: int, *, implementation: str | None = None
 ) -> bool:
-  """Whether `adapted_matmul` serves x `[..., K]` and w `[K, N]`, with an adapter of that rank."""
+  """Whether `adapted_matmul` serves x `[..., K]` and w `[K, N]`, with an adapter of that rank.
+
+  Raises:
+    ValueError: see `choose`.
+  """
   return choose(x, w, implementation) == "gpu" and gpu.fuses_adapter(x, w, rank)
 
 
@@ -165,8 +176,16 @@ def adapted_matmul(
 
   Returns:
     `[..., N]` in x's dtype.
+
+  Raises:
+    ValueError: operands that it does not serve.
   """
-  return _adapted(x, w, a, b, scaling)
+  if not gpu.fuses_adapter(x, w, a.shape[-1]):
+    raise ValueError(
+      f"adapted_matmul: x {x.dtype}{list(x.shape)} and w {list(w.shape)} with an adapter of rank "
+      f"{a.shape[-1]}; only what fuses_adapter says yes to"
+    )
+  return _adapted(*manual_axes.alike(x, w, a, b, scaling))
 
 
 @jax.custom_vjp
@@ -209,19 +228,9 @@ def _adapted_gradient_rule(g, w, a, b, scaling):
   return gpu.adapted_input_gradient(g, w, a, scaling * b)
 
 
-def _batched(function, apart):
-  """The rule of `function`: a batch of x alone becomes rows; adapters of their own stand apart."""
-
-  @function.def_vmap
-  def _rule(axis_size, batched, *operands):
-    if not any(jax.tree.leaves(batched[1:])):
-      return function(*operands), True
-    axes = jax.tree.map(lambda each: 0 if each else None, tuple(batched))
-    return jax.vmap(apart, axes, axis_size=axis_size)(*operands), True
-
-
-_batched(_adapted_rule, functools.partial(_apart, gpu.forward))
-_batched(
+# Adapters of their own stand apart.
+_define_batching(_adapted_rule, functools.partial(_apart, gpu.forward))
+_define_batching(
   _adapted_gradient_rule,
   lambda g, w, a, b, scaling: _apart(gpu.input_gradient, g, w, b.T, a.T, scaling),
 )

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from qlora_jax.quantized_tensor import AnyQuantizedTensor, QuantizedTensor
 
@@ -53,25 +52,21 @@ def forward(x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   rows = x.reshape(-1, k)
   if kernel := _few_rows(rows, w):
     return kernel(rows, w).reshape(*x.shape[:-1], n)
-  # The barrier ties the weight to this x: see `xla.forward`.
-  x, w = jax.lax.optimization_barrier((x, w))
-  return _library(x, _dequantize(w, x.dtype))
+  return _dequantized_product(x, w)
 
 
 def input_gradient(g: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   """`[..., N] · [K, N]ᵀ → [..., K]`, in g's dtype."""
-  g, w = jax.lax.optimization_barrier((g, w))
-  return _library(g, _dequantize(w, g.dtype).T)
+  return _dequantized_product(g, w, transposed=True)
 
 
 def fuses_adapter(x: jax.Array, w: AnyQuantizedTensor, rank: int) -> bool:
   """Whether `adapted_forward` serves these: where the weight is written down, and rank is small."""
   from qlora_jax.matmul import gpu_dequantize
 
-  rows = x.size // x.shape[-1]
   return (
     x.dtype != jnp.float32
-    and rows > MOST_FEW_ROWS
+    and _rows(x) > MOST_FEW_ROWS
     and isinstance(w, QuantizedTensor)
     and gpu_dequantize.takes_adapter(w, rank)
   )
@@ -79,31 +74,38 @@ def fuses_adapter(x: jax.Array, w: AnyQuantizedTensor, rank: int) -> bool:
 
 def adapted_forward(x: jax.Array, w: AnyQuantizedTensor, a: jax.Array, b: jax.Array) -> jax.Array:
   """`[..., K] · ([K, N] + [K, r] · [r, N]) → [..., N]`, in x's dtype."""
-  x, w, a, b = jax.lax.optimization_barrier((x, w, a, b))
-  return _library(x, _dequantize(w, x.dtype, (a, b)))
+  return _dequantized_product(x, w, (a, b))
 
 
 def adapted_input_gradient(
   g: jax.Array, w: AnyQuantizedTensor, a: jax.Array, b: jax.Array
 ) -> jax.Array:
   """`[..., N] · ([K, N] + [K, r] · [r, N])ᵀ → [..., K]`, in g's dtype."""
-  g, w, a, b = jax.lax.optimization_barrier((g, w, a, b))
-  return _library(g, _dequantize(w, g.dtype, (a, b)).T)
+  return _dequantized_product(g, w, (a, b), transposed=True)
 
 
-def _library(x: jax.Array, w: jax.Array) -> jax.Array:
-  """`[..., K] · [K, N] → [..., N]` in x's dtype."""
-  rows = x.size // x.shape[-1]
-  # One row, asked for 16 bits, was off by more than their rounding (XLA, on an H100).
-  wanted = jnp.float32 if rows <= MOST_FEW_ROWS else x.dtype
-  return jnp.matmul(x, w, preferred_element_type=wanted).astype(x.dtype)
+def _rows(x: jax.Array) -> int:
+  return x.size // x.shape[-1]
 
 
-def _dequantize(w: AnyQuantizedTensor, dtype: DTypeLike, adapter: Any = None) -> jax.Array:
+def _dequantized_product(
+  x: jax.Array,
+  w: AnyQuantizedTensor,
+  adapter: tuple[jax.Array, jax.Array] | None = None,
+  *,
+  transposed: bool = False,
+) -> jax.Array:
+  """The library's product of x and the dequantized weight, in x's dtype."""
   from qlora_jax.matmul import gpu_dequantize
 
+  # The barrier ties the weight to this x: see `xla.forward`.
+  x, w, adapter = jax.lax.optimization_barrier((x, w, adapter))
   assert isinstance(w, QuantizedTensor)
-  return gpu_dequantize.dequantize(w, dtype, adapter=adapter)
+  dense = gpu_dequantize.dequantize(w, x.dtype, adapter=adapter)
+  # One row, asked for 16 bits, was off by more than their rounding (XLA, on an H100).
+  wanted = jnp.float32 if _rows(x) <= MOST_FEW_ROWS else x.dtype
+  product = jnp.matmul(x, dense.T if transposed else dense, preferred_element_type=wanted)
+  return product.astype(x.dtype)
 
 
 def _few_rows(x: jax.Array, w: AnyQuantizedTensor) -> Any:

@@ -137,7 +137,7 @@ def _kernel(
   uniform,
 ) -> None:
   *scales, out = refs
-  adapter = [scales.pop(), scales.pop()] if has_adapter else None
+  b, a = (scales.pop(), scales.pop()) if has_adapter else (None, None)
   zero = scales.pop() if has_zero else None
   k, n = out.shape
   _, full, sizes = plane_rows(k, bits)
@@ -197,9 +197,7 @@ def _kernel(
     word = low | middle << np.uint32(8) | high << np.uint32(16)
   else:
     word = run(0, 1)
-  expand: Any = None
-  if adapter is not None:
-    expand = triton.load(adapter[0].at[:, pl.ds(start, columns)])
+  own_b: Any = None if b is None else triton.load(b.at[:, pl.ds(start, columns)])
   for plane, size in enumerate(sizes):
     first = group * GROUP + plane * full + within
     mask = rows_below(size)
@@ -214,9 +212,9 @@ def _kernel(
     if zero is not None:
       value = value - by_rows(of_block(zero, block, block_mask).astype(jnp.float32))
     value = value * by_rows(restore(block, block_mask))
-    if adapter is not None:
-      reduce = triton.load(adapter[1].at[pl.ds(first, rows), :])
-      value += jnp.dot(reduce, expand, preferred_element_type=jnp.float32)
+    if a is not None:
+      own_a = triton.load(a.at[pl.ds(first, rows), :])
+      value += jnp.dot(own_a, own_b, preferred_element_type=jnp.float32)
     value = value.astype(out.dtype)
     if mask is None:
       triton.store(tile(out, first), value)

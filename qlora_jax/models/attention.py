@@ -76,7 +76,8 @@ def attend(
     kind: `[]` int32, the index in `windows` of this layer's; None where there is one.
     scale: 1 / √h where None.
     softcap: c, where the logits become c · tanh(logits / c).
-    implementation: None takes what `choose` says.
+    implementation: None takes what `choose` says. "cudnn" takes rows of several segments where they
+      are at most `most_segments`, which only the data says: a batch with more goes by blocks.
 
   Returns:
     `[B, T, H, h]` in q's dtype.
@@ -348,16 +349,16 @@ def _blockwise_backward(scale, softcap, residuals, g):
   def step(carry, i, j):
     dq, dk, dv = carry
     logits = blocks.logits(i, j)
+    unseen = jnp.isneginf(logits)
     # A row without keys has −∞ − −∞.
-    weights = jnp.where(blocks.seen(i, j), jnp.exp(logits - log_totals[i][..., None]), 0)
+    weights = jnp.where(unseen, 0, jnp.exp(logits - log_totals[i][..., None]))
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dv = dv.at[j].add(product("bgrts,bgrth->bgsh", weights.astype(v.dtype), g_blocks[i]))
     dweights = product("bgrth,bgsh->bgrts", g_blocks[i], blocks.v[j])
     dlogits = weights * (dweights - mean[i])
     if softcap is not None:
       # d tanh, of logits that stand capped; those not seen are 0 · ∞ otherwise.
-      finite = jnp.where(jnp.isneginf(logits), 0, logits)
-      dlogits = dlogits * (1 - jnp.square(finite / softcap))
+      dlogits = dlogits * (1 - jnp.square(jnp.where(unseen, 0, logits) / softcap))
     dlogits = (dlogits * jnp.float32(scale)).astype(q.dtype)
     dq = dq.at[i].add(product("bgrts,bgsh->bgrth", dlogits, blocks.k[j]))
     dk = dk.at[j].add(product("bgrts,bgrth->bgsh", dlogits, blocks.q[i]))

@@ -9,7 +9,8 @@ From the least memory to the most, of a decoder layer:
   elementwise  and what the MLP's first products gave            norms, activations, no product
   none         everything                                        nothing
 
-No policy changes a result but by how XLA rounds what it fuses: nothing in float32, last bits in 16.
+No policy changes a result but by rounding: what is computed again may be fused otherwise, and what
+XLA fuses is not rounded to 16 bits on the way.
 "All but what ends the layer": the last product's result enters nothing that has a gradient, so
 XLA drops it.
 """

@@ -482,7 +482,16 @@ class Transformer(nn.Module):
 
 
 def attention_name(model: Transformer, seq_len: int, *, packed: bool) -> AttentionName:
-  """How `model` computes attention in training, on rows of `seq_len` tokens (see `attention`)."""
+  """How `model` computes attention in training, on rows of `seq_len` tokens (see `attention`).
+
+  Args:
+    model: its config, dtype and choice of attention are read.
+    seq_len: T.
+    packed: whether rows hold several documents.
+
+  Raises:
+    ValueError: see `attention.choose`.
+  """
   config = model.config
   case = Case(
     queries=seq_len,

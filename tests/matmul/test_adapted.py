@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from qlora_jax import dequantize, lora, quantize
 from qlora_jax.linen import QDense
-from qlora_jax.matmul import adapted_matmul, gpu, gpu_dequantize
+from qlora_jax.matmul import adapted_matmul, fuses_adapter, gpu, gpu_dequantize
 
 HAS_GPU = jax.default_backend() == "gpu"
 M, K, N = 80, 256, 512
@@ -130,6 +131,10 @@ def test_what_is_served(change, served):
   w = quantize(jnp.ones((case["k"], case["n"])))
   x = jnp.ones((case["rows"], case["k"]), case["dtype"])
   assert gpu.fuses_adapter(x, w, case["rank"]) == served
+  if not served:
+    a, b = jnp.ones((case["k"], case["rank"])), jnp.ones((case["rank"], case["n"]))
+    with pytest.raises(ValueError, match=f"adapted_matmul: .*rank {case['rank']}; only what fuses"):
+      adapted_matmul(x, w, a, b, SCALING)
 
 
 def test_a_layer_takes_it_where_it_is_served_and_says_the_same(monkeypatch):
@@ -149,3 +154,29 @@ def test_a_layer_takes_it_where_it_is_served_and_says_the_same(monkeypatch):
   fused = layer.apply(variables, x)
   assert calls
   assert deviation(fused, np.asarray(apart, np.float64)) < 6e-3
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need JAX 0.11.2")
+@pytest.mark.parametrize("of_x", [P(), P("d")])
+def test_lowers_for_an_h100_alone_and_in_shard_map(monkeypatch, of_x):
+  monkeypatch.undo()  # compiled, not interpreted
+  device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.sharding.AbstractMesh((2,), ("d",), axis_types=auto, abstract_device=device)
+  x, w, a, b = jax.eval_shape(lambda: arguments(8))
+  x = jax.ShapeDtypeStruct((2 * M, K), x.dtype)
+
+  def gradients(x, w, a, b):
+    assert fuses_adapter(x, w, a.shape[-1])
+
+    def total(x, a, b):
+      return adapted_matmul(x, w, a, b, SCALING).astype(jnp.float32).sum()
+
+    return jax.grad(total, (0, 1, 2))(x, a, b)
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    sharded = jax.shard_map(gradients, in_specs=(of_x, P(), P(), P()), out_specs=(of_x, P(), P()))
+    text = jax.jit(sharded).trace(x, w, a, b).lower(lowering_platforms=("cuda",)).as_text()
+  assert "triton" in text
+  # A's and B's gradients are summed over the devices.
+  assert ("all_reduce" in text) == (of_x == P("d"))

@@ -256,6 +256,7 @@ def test_shard_map_lowers_for_an_h100(rows):
     (product, P(), by_columns, P(None, "d")),
     (product, P("d"), P(), P("d")),
     (gradient, P("d"), P(), P("d")),
+    (gradient, P(), by_columns, P()),
   ):
     with jax.sharding.use_abstract_mesh(mesh):
       sharded = jax.shard_map(f, in_specs=(of_x, of_w), out_specs=out)

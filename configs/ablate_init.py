@@ -5,8 +5,9 @@ WikiText perplexity 7.85). Here with rank 8, scaling 2, 60 steps of 4 sequences:
 
   python -m experiments.run --config configs/ablate_init.py --workdir runs/ablate_init
 
-(60 trials; 16 s each, on two busy cores.) Found on the quickstart's base, held-out loss before →
-after, the mean of three seeds at 4 and 16 bits, one seed at 2 bits; nf3 was not run to its end:
+(60 trials; 16 s each, on two busy cores; CPU, JAX 0.11.2.)
+Found on the quickstart's base, held-out loss before → after, the mean of three seeds at 4 and 16
+bits, one seed at 2 bits; nf3 was not run to its end:
 
                    rate 2e-2          rate 2e-3
   16 bits          1.816 → .687       1.816 → 1.119

@@ -8,7 +8,8 @@ layers have at rank 8 (on the quickstart's base: 41).
   python -m experiments.run --config configs/ablate_targets.py --workdir runs/ablate_targets
 
 15 trials and as many of 16-bit LoRA: measured, 225 CPU seconds, 6 minutes on 2 cores that other
-work kept busy. The answer found here, held-out loss after 30 steps (mean and deviation, 3 seeds):
+work kept busy (CPU, JAX 0.11.2). The answer found here, held-out loss after 30 steps (mean and
+deviation, 3 seeds):
 
                        parameters   QLoRA           16-bit LoRA
   q and v, rank 8          14,336   1.537 (.009)    1.531 (.009)

@@ -19,7 +19,6 @@ command is given again.
 import contextlib
 import dataclasses
 import functools
-import json
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,6 @@ from qlora_jax import data, sweeps
 from qlora_jax.config import ConfigError, ExperimentConfig
 from qlora_jax.hf import checkpoint as hf_checkpoint
 from qlora_jax.hf.files import read_json
-from qlora_jax.metrics import write_whole
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.sweeps import Trial
 from qlora_jax.train import Interrupted, TrainState
@@ -141,15 +139,10 @@ def prepare(name: str, trials: Sequence[Trial], workdir: Path) -> Directory:
     }
     directory = Directory(workdir)
     with directory.lock("sweep"):  # array jobs come all at once
-      _write_json(path, described)
+      trial.write_json(path, described)
   except OSError as error:
     raise trial.RunDirectoryError(f"{workdir}: cannot be written: {error.strerror}") from None
   return directory
-
-
-def _write_json(path: Path, value: Any) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_whole(path, json.dumps(value, indent=2, default=list) + "\n")
 
 
 def by_base(trials: Sequence[Trial]) -> list[list[Trial]]:
@@ -281,7 +274,7 @@ def run_trial(directory: Directory, one: Trial, shared: trial.Shared) -> None:
   except Interrupted:
     raise
   except Exception as reason:
-    _write_json(error, _described(reason))
+    trial.write_json(error, _described(reason))
 
 
 def _described(error: BaseException) -> dict[str, str]:
@@ -322,7 +315,7 @@ def _measure(directory: Directory, shared: trial.Shared) -> trial.Measure:
         found = analysis.of_base(
           model, plain, reference, config.base_quantization, held_out, **sizes
         )
-        _write_json(directory.base(base), found)
+        trial.write_json(directory.base(base), found)
     variables = {"params": state.params, "constants": state.constants, "frozen": frozen}
     sequences = analysis.by_sequence(model, variables, reference, held_out, **sizes)
     return {"base": base, "sequences": dataclasses.asdict(sequences)}
@@ -421,7 +414,7 @@ def run_on_ray(name: str, trials: Sequence[Trial], workdir: Path) -> Outcome:
           if not ray.get(first):
             elsewhere.append(each)
         except ray.exceptions.RayError as error:  # its workers died, once too often
-          _write_json(directory.error(each.id), _described(error))
+          trial.write_json(directory.error(each.id), _described(error))
         progress.came(each, min(len(waiting), slots) + len(elsewhere))
     except BaseException:
       for one in waiting:

@@ -134,7 +134,7 @@ def prepare_directory(workdir: Path, config: ExperimentConfig) -> None:
       # One that failed before its first step (a path mistyped, say) has nothing to protect.
       if differences and not (workdir / METRICS_FILE).exists():
         shutil.rmtree(workdir / _INITIALIZED, ignore_errors=True)
-        _write_json(path, config_lib.to_json_dict(config))
+        write_json(path, config_lib.to_json_dict(config))
       elif differences:
         raise RunDirectoryError(
           f"{workdir}: holds a run with another config ({'; '.join(differences)}); "
@@ -146,13 +146,15 @@ def prepare_directory(workdir: Path, config: ExperimentConfig) -> None:
       raise RunDirectoryError(
         f"{workdir}: holds files but no config.json, so it is no run; give another --workdir"
       )
-    _write_json(path, config_lib.to_json_dict(config))
+    write_json(path, config_lib.to_json_dict(config))
   except OSError as error:
     raise RunDirectoryError(f"{workdir}: cannot be written: {error.strerror}") from None
 
 
-def _write_json(path: Path, value: Any) -> None:
-  write_whole(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any) -> None:
+  """Writes a JSON file as a whole, and the directory that it is in if there is none."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_whole(path, json.dumps(value, indent=2, default=list) + "\n")
 
 
 def check_disk(
@@ -315,12 +317,7 @@ def run_stage(
         writer.write(0, {"held_out_loss": loss_before})
       state = fit(
         state,
-        train_step=shared.once(
-          "train_step",
-          (model, config.optimizer, train.steps, train.loss_chunk, train.z_loss),
-          lambda: make_train_step(model, optimizer, train.loss_chunk, train.z_loss),
-          keep=16,
-        ),
+        train_step=_train_step(config, model, optimizer, shared),
         frozen=frozen,
         batches=batches,
         cfg=train,
@@ -349,6 +346,19 @@ def run_stage(
   )
 
 
+def _train_step(
+  config: ExperimentConfig, model: Transformer, optimizer: Any, shared: Shared
+) -> Any:
+  """The jitted step, one for all trials that it serves."""
+  train = config.train
+  return shared.once(
+    "train_step",
+    (model, config.optimizer, train.steps, train.loss_chunk, train.z_loss),
+    lambda: make_train_step(model, optimizer, train.loss_chunk, train.z_loss),
+    keep=16,
+  )
+
+
 def _fastest_remat(
   config: ExperimentConfig,
   model: Transformer,
@@ -361,10 +371,10 @@ def _fastest_remat(
   kept = directory / "remat.json"
   if kept.exists():
     return read_json(kept)["policy"]
-  train = config.train
 
   def make_step(policy: RematPolicy) -> Any:
-    return make_train_step(model.clone(remat=policy), optimizer, train.loss_chunk, train.z_loss)
+    # The one that is trained with: what compiling it took is not taken again.
+    return _train_step(config, model.clone(remat=policy), optimizer, shared)
 
   def find() -> RematPolicy:
     available = memory.available_bytes(arguments)
@@ -376,7 +386,7 @@ def _fastest_remat(
   leaves, structure = jax.tree.flatten(arguments)
   shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
   policy = shared.once("remat", (model, config.optimizer, structure, shapes), find, keep=16)
-  _write_json(kept, {"policy": policy})
+  write_json(kept, {"policy": policy})
   return policy
 
 
@@ -504,7 +514,7 @@ def _eva(
     params, _, chosen = lora_init.eva(jax.random.key(config.seed), frozen, config.lora, moments)
     with new_directory(kept) as temporary:
       np.savez(temporary / _PARAMS, **tree_paths.leaves(params))
-      _write_json(temporary / "lora.json", dataclasses.asdict(chosen))
+      write_json(temporary / "lora.json", dataclasses.asdict(chosen))
   return _kept_params(kept), lora.constants(
     frozen, lora.LoRAConfig(**read_json(kept / "lora.json"))
   )
@@ -709,7 +719,7 @@ def run(
       train=dataclasses.replace(config.train, compare_16bit=False),
     )
     summary["lora_16bit"] = stage(workdir / "lora_16bit", None, full, plain)
-  _write_json(path, summary)
+  write_json(path, summary)
   return summary
 
 
@@ -785,6 +795,9 @@ def dry_run(config: ExperimentConfig) -> str:
   else:
     shape = architecture(config.pretrain)
   model = as_configured(config, Transformer(shape, dtype=np.dtype(config.model.dtype)))
+  if model.attention == "cudnn":
+    # Of a GPU, and counted on a CPU.
+    model = model.clone(attention="blockwise")
   frozen = hf_checkpoint.abstract_base(
     model, hf_checkpoint.default_rules(config.base_quantization), config.model.storage_dtype
   )

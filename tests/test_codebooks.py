@@ -5,53 +5,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from experiments.bench.quantization_error import BY_BLOCK, REFERENCE
 from qlora_jax import codebooks
 from qlora_jax.quantization import dequantize, quantize
-
-# Ours → the name in shared/reference/codebooks.json.
-REFERENCE = {
-  "nf4": "nf4",
-  "nf3": "nf3",
-  "nf2": "nf2",
-  "nf2_loftq": "nf2_loftq_asym",
-  "nf3_loftq": "nf3_loftq_asym",
-  "nf2_symmetric": "nf2_sym_loftq_irqlora",
-  "nf4_symmetric": "nf4_sym_loftq",
-  "fp4": "fp4_bnb",
-  "e2m1": "fp4_e2m1_ocp",
-  "e3m0": "fp4_e3m0",
-  "e2m1_super_precision": "fp4_e2m1_sp",
-  "e2m1_super_range": "fp4_e2m1_sr",
-  "apot4": "apot4",
-  "apot4_super_precision": "apot4_sp",
-  "sf4": "sf4_nu5",
-  "iq4_nl": "iq4_nl",
-  "int2": "int2_sym1",
-  "int2_signed": "int2_full2_signed",
-  "int2_no_zero": "int2_uniform_nozero",
-  "int3": "int3_sym3",
-  "int3_signed": "int3_full4_signed",
-  "int4": "int4_sym7",
-  "int4_signed": "int4_full8_signed",
-  "int4_absmax8": "int4_full8_absmax",
-  "int4_absmax7_5": "int4_75",
-  "int8": "int8_sym127",
-  "equal_mass16": "equal_mass16_midppf",
-  "equal_mass16_means": "equal_mass16_centroid",
-}
-
-# Those of which each block size has its own: ours → the reference's family.
-BY_BLOCK = {
-  "af4": "af4",
-  "bof4": "bof4_mse",
-  "bof4s": "bof4s_mse",
-  "bof4_mae": "bof4_mae",
-  "bof4s_mae": "bof4s_mae",
-  "bof3": "bof3_mse",
-  "bof3s": "bof3s_mse",
-  "bof2": "bof2_mse",
-  "bof2s": "bof2s_mse",
-}
 
 # The published NF4 constants differ from their construction by at most 1.9e-7.
 CONSTRUCTION_ATOL = 2e-7

@@ -39,7 +39,7 @@ _INITIALIZED_BLOCK = 64
 # Rows of the matrix of weights: a block size divides them.
 _K = 4096
 
-# Ours → the oracle's.
+# Ours → the name in the reference's codebooks.json and oracle.json.
 REFERENCE = {
   "nf4": "nf4",
   "nf3": "nf3",

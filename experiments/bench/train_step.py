@@ -29,6 +29,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import optax
+
+import qlora_jax as ql
+from qlora_jax import lora, tree_paths
+from qlora_jax.hf import checkpoint
+from qlora_jax.models.remat import REMAT_POLICIES
+from qlora_jax.models.transformer import Transformer, TransformerConfig
+from qlora_jax.quantized_tensor import is_quantized
+from qlora_jax.train import init_state, make_train_step
+
 # vocabulary, D, I, layers, heads, groups, h
 MODELS: dict[str, tuple[int, int, int, int, int, int, int]] = {
   "llama-8b": (128256, 4096, 14336, 32, 32, 8, 128),
@@ -38,8 +50,6 @@ MODELS: dict[str, tuple[int, int, int, int, int, int, int]] = {
   "tiny": (256, 64, 128, 2, 4, 2, 16),
 }
 TIED = ("llama-3b", "llama-1b")
-
-REMATS = ("offload", "full", "mlp", "elementwise", "none")
 
 ROWS = (
   "llama-8b:4x2048:full",
@@ -81,33 +91,23 @@ class Row:
         raise ValueError
     except ValueError:
       raise ValueError(f"{text!r}: no row; MODEL:BxT:REMAT, such as {ROWS[0]}") from None
-    if batch_size < 1 or seq_len < 2 or remat not in REMATS:
+    if batch_size < 1 or seq_len < 2 or remat not in REMAT_POLICIES:
       raise ValueError(
-        f"{text!r}: B is at least 1, T at least 2, and REMAT one of {', '.join(REMATS)}"
+        f"{text!r}: B is at least 1, T at least 2, and REMAT one of {', '.join(REMAT_POLICIES)}"
       )
     if model not in MODELS:
       raise ValueError(f"{text!r}: no such model; one of {', '.join(MODELS)}")
     return cls(model, batch_size, seq_len, remat, not kind)
 
 
-def architecture(name: str) -> Any:
+def architecture(name: str) -> TransformerConfig:
   """The TransformerConfig of a key of `MODELS`."""
-  from qlora_jax.models.transformer import TransformerConfig
-
   v, d, i, layers, heads, groups, h = MODELS[name]
   return TransformerConfig(v, d, i, layers, heads, groups, h, tie_embeddings=name in TIED)
 
 
-def random_base(model: Any, quantized: bool) -> Any:
+def random_base(model: Transformer, quantized: bool) -> Any:
   """A frozen tree of random weights, packed a layer at a time, so that no stack is ever dense."""
-  import jax
-  import jax.numpy as jnp
-
-  import qlora_jax as ql
-  from qlora_jax import tree_paths
-  from qlora_jax.hf import checkpoint
-  from qlora_jax.quantized_tensor import is_quantized
-
   rules = checkpoint.default_rules(ql.QuantizationConfig() if quantized else None)
   shapes = checkpoint.abstract_base(model, rules, jnp.bfloat16)
 
@@ -152,9 +152,6 @@ def flops(config: Any, row: Row) -> int:
 
 def product_speed() -> float:
   """FLOP/s of a large bf16 product."""
-  import jax
-  import jax.numpy as jnp
-
   size = 256 if jax.default_backend() == "cpu" else 8192
   x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
 
@@ -172,14 +169,6 @@ def product_speed() -> float:
 
 def build(row: Row) -> tuple[Any, Any, Any, Any]:
   """The jitted step, and its state, base and batch."""
-  import jax
-  import jax.numpy as jnp
-  import optax
-
-  from qlora_jax import lora
-  from qlora_jax.models.transformer import Transformer
-  from qlora_jax.train import init_state, make_train_step
-
   config = architecture(row.model)
   mlp_chunk = _MLP_CHUNK if row.seq_len > _LONG else None
   model = Transformer(config, remat=row.remat, mlp_chunk=mlp_chunk)  # pyright: ignore
@@ -199,10 +188,6 @@ def build(row: Row) -> tuple[Any, Any, Any, Any]:
 
 def measure(row: Row) -> dict[str, Any]:
   """Runs a row in this process."""
-  import jax
-
-  from qlora_jax import tree_paths
-
   speed = product_speed()
   step, state, frozen, batch = build(row)
   start = time.perf_counter()

@@ -10,7 +10,6 @@ from experiments import trial
 from experiments.bench import train_step
 from qlora_jax import config as config_lib
 from qlora_jax import data
-from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.models.transformer import Transformer
 
 
@@ -18,7 +17,6 @@ def test_a_row_is_read():
   row = train_step.Row.parse("llama-8b:4x2048:full:16bit")
   assert row == train_step.Row("llama-8b", 4, 2048, "full", quantized=False)
   assert train_step.Row.parse("tiny:1x2:none").quantized
-  assert set(train_step.REMATS) == set(REMAT_POLICIES)
   for text in train_step.ROWS:
     train_step.Row.parse(text)
 
@@ -116,3 +114,25 @@ def test_crowded_rows_go_by_blocks(monkeypatch, capsys, documents, name):
   if name:
     with pytest.raises(ValueError, match=r"model.attention: 'cudnn'; a row holds 33 documents"):
       trial._by_blocks_if_crowded(config_lib.from_config_dict(named), model, rows, "QLoRA")
+
+
+def test_the_configs_model_is_what_computes():
+  named = draft()
+  named.model.remat, named.model.attention, named.model.mlp_chunk = "mlp", "blockwise", 24
+  model = Transformer(train_step.architecture("tiny"))
+  found = trial.as_configured(config_lib.from_config_dict(named), model)
+  assert (found.remat, found.attention, found.mlp_chunk) == ("mlp", "blockwise", 24)
+  found = trial.as_configured(config_lib.from_config_dict(draft()), model)
+  assert (found.remat, found.attention, found.mlp_chunk) == ("full", None, None)
+
+
+def test_auto_trains_by_the_step_that_it_compiled(tmp_path, monkeypatch):
+  made = []
+  monkeypatch.setattr(trial, "make_train_step", lambda model, *_: made.append(model.remat) or model)
+  monkeypatch.setattr(trial.memory, "fastest_remat", lambda make, *_: (make("mlp").remat, {}))
+  config = config_lib.from_config_dict(draft())
+  model, shared = Transformer(train_step.architecture("tiny")), trial.Shared()
+  arguments = ({"a": np.zeros(3, np.float32)},)
+  policy = trial._fastest_remat(config, model, None, arguments, tmp_path, shared)
+  trial._train_step(config, model.clone(remat=policy), None, shared)
+  assert made == ["mlp"]

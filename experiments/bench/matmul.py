@@ -2,12 +2,14 @@
 
   python -m experiments.bench.matmul --out matmul.json [--shapes 4096x14336,…] [--rows 1,16,…]
 
-On one GPU, NF4 in blocks of 64 with double quantization, bf16. The calls of a timed program take
-weights in turn, so many that the L2 cache does not hold them (at most one a call). `us` is what the
-device was busy, by the profiler; `call_us` is the program's time by its calls, launches included.
+On one GPU or TPU, NF4 in blocks of 64 with double quantization, bf16. The calls of a timed program
+take weights in turn, so many that the L2 cache does not hold them (at most one a call). `us` is
+what the device was busy, by the profiler; `call_us` is the program's time by its calls, launches
+included.
 The floor is the larger of the packed bytes at the speed of a copy and the products at that of a
 large bf16 one, both measured in the same run. Peers run where they are installed (torch with
-bitsandbytes; Qwix).
+bitsandbytes; Qwix). Of TPUs it has not run on one: where a profile lies there is from the format's
+description, and a profile without it raises.
 """
 
 import argparse
@@ -54,10 +56,12 @@ def busy(function: Callable[[], Any], calls: int) -> dict[str, float]:
     by_name = collections.defaultdict(list)
     for file in Path(directory).rglob("*.xplane.pb"):
       for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
-        if "/device:GPU" not in plane.name:
+        # A GPU's kernels by stream; of a TPU the whole program.
+        wanted = {"/device:GPU": "Stream", "/device:TPU": "XLA Modules"}.get(plane.name[:11])
+        if wanted is None:
           continue
         for line in plane.lines:
-          if line.name and "Stream" in line.name:
+          if line.name and wanted in line.name:
             for event in line.events:
               by_name[event.name].append(event.duration_ns)
     # A kernel may run several times a call; those of one call are alike.
@@ -116,10 +120,10 @@ def measure(k: int, n: int, rows: Sequence[int], ceilings: dict[str, float]) -> 
     print(json.dumps(result), flush=True)
 
   copied = packed[0].nbytes + 2 * k * n
-  for name, function in (
-    ("gpu", _gpu_dequantize),
-    ("xla", functools.partial(dequantize, dtype=jnp.bfloat16)),
-  ):
+  dequantizers: dict[str, Callable] = {"xla": functools.partial(dequantize, dtype=jnp.bfloat16)}
+  if jax.default_backend() == "gpu":
+    dequantizers = {"gpu": _gpu_dequantize} | dequantizers
+  for name, function in dequantizers.items():
     timing = time_jax(function, [(w,) for w in packed])
     record("dequantize", 0, name, timing, floor=copied / ceilings["bytes_s"] * 1e6)
 
@@ -132,7 +136,7 @@ def measure(k: int, n: int, rows: Sequence[int], ceilings: dict[str, float]) -> 
     )
     candidates: dict[str, tuple[Callable, list]] = {
       name: (functools.partial(quantized_matmul, implementation=name), few)
-      for name in ("gpu", "xla")
+      for name in (jax.default_backend(), "xla")
     }
     candidates["bf16 library"] = (jnp.matmul, dense)
     if qwix:
@@ -233,9 +237,11 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES))
   parser.add_argument("--rows", default=",".join(map(str, ROWS)))
   arguments = parser.parse_args(argv)
-  if jax.default_backend() != "gpu":
-    print(f"error: the device is a {jax.default_backend()}; a GPU is wanted", file=sys.stderr)
+  if jax.default_backend() not in ("gpu", "tpu"):
+    backend = jax.default_backend()
+    print(f"error: the device is a {backend}; a GPU or a TPU is wanted", file=sys.stderr)
     return 2
+  print(f"on {jax.devices()[0].device_kind} ({jax.default_backend()}), JAX {jax.__version__}")
   shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
   rows = [int(m) for m in arguments.rows.split(",")]
   ceilings = measure_ceilings()

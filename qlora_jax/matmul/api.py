@@ -13,8 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.matmul import gpu, manual_axes, xla
-from qlora_jax.quantized_tensor import AnyQuantizedTensor, is_quantized
+from qlora_jax import rotation
+from qlora_jax.matmul import gpu, manual_axes, tpu, xla
+from qlora_jax.quantized_tensor import (
+  AnyQuantizedTensor,
+  OutlierQuantizedTensor,
+  RotatedQuantizedTensor,
+  is_quantized,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Implementation:
 # In the order of preference: where none is named, the first that supports the case serves it.
 IMPLEMENTATIONS: dict[str, Implementation] = {
   "gpu": Implementation(gpu.forward, gpu.input_gradient, gpu.unsupported),
+  "tpu": Implementation(tpu.forward, tpu.input_gradient, tpu.unsupported),
   "xla": Implementation(xla.forward, xla.input_gradient, xla.unsupported),
 }
 
@@ -51,7 +58,7 @@ def quantized_matmul(
     x: `[..., K]`, bfloat16, float16 or float32. Products accumulate in float32; of float32 x they
       have JAX's default precision, which on a GPU is TF32.
     w: `[K, N]`, no leading axes: `vmap` or `scan` over a stack.
-    implementation: a name in the registry ("gpu", "xla"); None takes the first of them that
+    implementation: a name in the registry ("gpu", "tpu", "xla"); None takes the first of them that
       serves the case on JAX's default device.
 
   Returns:
@@ -76,15 +83,20 @@ def quantized_matmul(
     raise ValueError(
       f"quantized_matmul: x {list(x.shape)} and w {list(w.shape)}; x's last axis is w's first"
     )
-  return _product(choose(x, w, implementation), *manual_axes.alike(x, w))
+  name = choose(x, w, implementation)
+  return _around(name, *manual_axes.alike(x, w))
 
 
 def choose(x: Any, w: AnyQuantizedTensor, name: str | None = None) -> str:
   """The implementation that takes a product: `name` if it is one. Of x, shape and dtype are read.
 
+  Outliers and rotations stand around a packed weight; it is that one which is served.
+
   Raises:
     ValueError: no such implementation, or it cannot serve the case, with the reason.
   """
+  while isinstance(w, OutlierQuantizedTensor | RotatedQuantizedTensor):
+    w = w.inner
   if name is None:
     return next(name for name, each in IMPLEMENTATIONS.items() if each.unsupported(x, w) is None)
   if name not in IMPLEMENTATIONS:
@@ -95,6 +107,19 @@ def choose(x: Any, w: AnyQuantizedTensor, name: str | None = None) -> str:
   if reason := IMPLEMENTATIONS[name].unsupported(x, w):
     raise ValueError(f"quantized_matmul: implementation {name!r} cannot serve this: {reason}")
   return name
+
+
+def _around(name: str, x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
+  """The product of an implementation, with what stands around the packed weight."""
+  if isinstance(w, OutlierQuantizedTensor):
+    y = _around(name, x, w.inner)
+    kept = x.at[..., w.rows].get(mode="promise_in_bounds", unique_indices=True)
+    values = jax.lax.stop_gradient(w.values).astype(x.dtype)
+    beside = jnp.matmul(kept, values, preferred_element_type=jnp.float32)
+    return (y.astype(jnp.float32) + beside).astype(x.dtype)
+  if isinstance(w, RotatedQuantizedTensor):
+    return _around(name, rotation.rotate(x, w.signs), w.inner)
+  return _product(name, x, w)
 
 
 # In an int32.

@@ -15,10 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.matmul import target
 from qlora_jax.quantized_tensor import AnyQuantizedTensor, QuantizedTensor
-
-# The first JAX whose Pallas these kernels were written for and run with.
-_LEAST_JAX = (0, 11, 2)
 
 # Above it, dequantizing once and the library's product take less time
 # (`python -m experiments.bench.matmul`).
@@ -28,21 +26,11 @@ MOST_FEW_ROWS = 64
 def unsupported(x: jax.Array, w: AnyQuantizedTensor) -> str | None:
   """Why these kernels cannot serve the product, or None."""
   del x
-  if jax.__version_info__ < _LEAST_JAX:
-    least = ".".join(map(str, _LEAST_JAX))
-    return f"it needs JAX {least}; this is {jax.__version__}"
-  platform, device = target()
-  if platform not in ("gpu", "cuda"):
-    return f"the computation is for a {platform}"
+  if reason := target.unsupported(w, "gpu", "cuda"):
+    return reason
+  device = target.target()[1]
   if capability(device) is None:
     return f"{device.device_kind} is no NVIDIA GPU"
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
-    return "the mesh has axes that are not manual: call it in a shard_map over them"
-  if not isinstance(w, QuantizedTensor):
-    return "blocks cross from output to output (a bitsandbytes weight whose K they do not divide)"
-  if w.size >= 2**31:
-    return f"{w.size} weights; fewer than 2^31, which its indices count to"
   return None
 
 
@@ -117,7 +105,7 @@ def _few_rows(x: jax.Array, w: AnyQuantizedTensor) -> Any:
 
   tiles = gpu_few_rows.default_tiles(x.shape[0], w)
   reason = gpu_few_rows.unsupported(x, w, tiles)
-  device = target()[1]
+  device = target.target()[1]
   version = capability(device)
   if version is None or not 9 <= version < 12:
     reason = f"{device.device_kind}: its kernel is for Hopper and the data centre's Blackwell"
@@ -125,20 +113,6 @@ def _few_rows(x: jax.Array, w: AnyQuantizedTensor) -> Any:
     return functools.partial(gpu_few_rows.product, tiles=tiles)
   _announce(reason)
   return None
-
-
-def target() -> tuple[str, Any]:
-  """The platform that is traced for, and its device.
-
-  The one that JAX takes by default: a trace does not know of arrays that are committed to another.
-  """
-  # A program can be lowered for a GPU that is not there.
-  if device := jax.sharding.get_abstract_mesh().abstract_device:
-    return device.platform or jax.default_backend(), device
-  config: Any = jax.config
-  default = config.jax_default_device
-  device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
-  return device.platform, device
 
 
 # Of devices that are not there, which cannot be asked.

@@ -25,6 +25,7 @@ from qlora_jax.quantized_tensor import (
   NestedScales,
   QuantizedTensor,
   plane_rows,
+  restore_scales,
 )
 
 # Of a plane, in a tile: of fewer, warps are idle.
@@ -91,7 +92,7 @@ def dequantize(
     operands += [w.scales.codes, absmax.astype(jnp.float32), offset.astype(jnp.float32)]
     operands.append(jnp.asarray(codebooks.dynamic_map()))
   else:
-    operands.append(w.scales)
+    operands.append(restore_scales(w.scales))
   if w.zero is not None:
     operands.append(w.zero)
   if adapter is not None:

@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax import codebooks
 from qlora_jax.matmul import gpu_threads, manual_axes
-from qlora_jax.quantized_tensor import GROUP, NestedScales, QuantizedTensor
+from qlora_jax.quantized_tensor import GROUP, NestedScales, QuantizedTensor, restore_scales
 
 # Warps of a thread block. With 512 threads, each has up to 128 registers.
 _WARPS = 16
@@ -132,7 +132,7 @@ def specialize(x: Any, w: QuantizedTensor, tiles: Tiles) -> tuple["Shape", list[
   (m, k), (_, n) = x.shape, w.shape
   shape = Shape(m, k, n, w.block_size, nested_block_size, x.dtype.name, tiles)
   if not isinstance(scales, NestedScales):
-    return shape, [scales.astype(jnp.float32)]
+    return shape, [restore_scales(scales)]
   absmax, offset = (x.astype(jnp.float32) for x in (scales.absmax, scales.offset.reshape(1)))
   return shape, [scales.codes, absmax, offset, jnp.asarray(codebooks.dynamic_map())]
 

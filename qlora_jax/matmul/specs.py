@@ -72,6 +72,11 @@ SMALL: tuple[ArgumentSpec, ...] = (
   ArgumentSpec(256, 16, dtype="bfloat16", codebook="int4_signed", block_size=32),
   ArgumentSpec(256, 16, codebook="int4_zero_point", block_size=32, double_quantization=False),
   ArgumentSpec(171, 16, dtype="bfloat16", codebook="int4_zero_point", block_size=32),
+  # Scales of 8 bits.
+  ArgumentSpec(
+    256, 16, dtype="bfloat16", codebook="nvfp4", block_size=16, double_quantization=False
+  ),
+  ArgumentSpec(160, 16, codebook="mxfp4", block_size=32, double_quantization=False),
   # A table with no zero, with padding.
   ArgumentSpec(129, 3, codebook="equal_mass16"),
   # Rows: none, several axes, a single one.

@@ -7,6 +7,7 @@ from qlora_jax.quantization import decode, dequantize
 from qlora_jax.quantized_tensor import (
   AnyQuantizedTensor,
   FlatQuantizedTensor,
+  QuantizedTensor,
   join_rows,
   split_rows,
 )
@@ -31,6 +32,7 @@ def forward(x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   if isinstance(w, FlatQuantizedTensor):
     dense = dequantize(w, x.dtype)
     return jnp.matmul(x, dense, preferred_element_type=jnp.float32).astype(x.dtype)
+  assert isinstance(w, QuantizedTensor)
   total = None
   for part, plane in zip(split_rows(x, w.bits, -1), decode(w, x.dtype), strict=True):
     product = jnp.einsum("...gk,gkn->...n", part, plane, preferred_element_type=jnp.float32)
@@ -45,6 +47,7 @@ def input_gradient(g: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   if isinstance(w, FlatQuantizedTensor):
     dense = dequantize(w, g.dtype)
     return jnp.matmul(g, dense.T, preferred_element_type=jnp.float32).astype(g.dtype)
+  assert isinstance(w, QuantizedTensor)
   parts = [
     jnp.einsum("...n,gkn->...gk", g, plane, preferred_element_type=jnp.float32).astype(g.dtype)
     for plane in decode(w, g.dtype)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from qlora_jax.matmul import gpu
+from qlora_jax.matmul import gpu, target
 
 AttentionName = Literal["plain", "blockwise", "cudnn"]
 
@@ -382,7 +382,7 @@ _LEAST_CUDNN_QUERIES = 64
 
 def _cudnn_unsupported(case: Case) -> str | None:
   """Why cuDNN cannot serve a case, or None."""
-  platform, device = gpu.target()
+  platform, device = target.target()
   if platform not in ("gpu", "cuda"):
     return f"the computation is for a {platform}"
   capability = gpu.capability(device)

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from qlora_jax import lora
 from qlora_jax.linen import Initializer, QDense, weight
-from qlora_jax.matmul import quantized_matmul
+from qlora_jax.matmul import quantized_matmul, sharded
 from qlora_jax.models import remat
 from qlora_jax.quantized_tensor import is_quantized
 
@@ -58,6 +58,7 @@ class MLP(nn.Module):
         use_bias=self.use_bias,
         dtype=self.dtype,
         implementation=self.implementation,
+        partition=sharded.ROWS if name == "down" else sharded.COLUMNS,
         name=name,
       )(x)
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qlora_jax.linen import Embed, QDense, TiedHead, plain_weight
+from qlora_jax.matmul import sharded
 from qlora_jax.models import remat
 from qlora_jax.models.attention import AttentionName, Case, Visible, attend, choose
 from qlora_jax.models.mlp import ACTIVATIONS, MLP, Experts, in_chunks
@@ -199,6 +200,7 @@ class Attention(nn.Module):
         use_bias=use_bias,
         dtype=self.dtype,
         implementation=self.implementation,
+        partition=sharded.ROWS if name == "o" else sharded.COLUMNS,
         name=name,
       )(x)
 

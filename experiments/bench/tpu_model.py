@@ -1,0 +1,126 @@
+"""How long the packed product should take on a TPU, and what bounds it: a model, not a measurement.
+
+  python -m experiments.bench.tpu_model [--out model.json] [--shapes 4096x14336,…] [--rows 1,16,…]
+
+Three times for each case, of which the longest is the prediction, since the kernel's pipeline runs
+them side by side: bytes at the bandwidth of HBM, products at the peak of the matrix units, and
+decoding at the bundles that the compiler's schedule takes for it (`DECODE_BUNDLES`, as counted by
+`experiments.bench.tpu_compile --parts decodes`). Beside it the same of a bf16 weight, and of one
+that is dequantized into HBM first: its bytes alone, no time for decoding, so that it is at best
+that. `share` is bf16's time over ours: above 1 the packed product is the faster one.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.matmul.tpu_tiles import Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device as JAX has it: a chip, of TPU7x one of its two TensorCores.
+
+  Attributes:
+    flop_s: bf16 peak; bytes_s: of HBM.
+    cores: TensorCores of the device.
+    products: multiplications of a core's matrix units a cycle.
+  """
+
+  flop_s: float
+  bytes_s: float
+  cores: int
+  products: int
+
+  @property
+  def cycles_s(self) -> float:
+    """The clock, which is not published: from the peak."""
+    return self.flop_s / (2 * self.cores * self.products)
+
+
+# Peaks, bandwidths and TensorCores: https://docs.cloud.google.com/tpu/docs/v5e and /tpu7x. The
+# matrix units of v5e and v5p are four of 128 × 128; those of v6e and TPU7x are taken to do 2^18
+# products a cycle, which gives the clock at which a full schedule reaches the published peak.
+CHIPS = {
+  "v5e": Chip(197e12, 819e9, cores=1, products=4 * 128**2),
+  "v5p": Chip(459e12, 2765e9, cores=2, products=4 * 128**2),
+  "v6e": Chip(918e12, 1638e9, cores=1, products=2**18),
+  "v7x": Chip(2307e12 / 2, 7380e9 / 2, cores=1, products=2**18),
+}
+
+# For 1,024 weights.
+DECODE_BUNDLES = {"v5e": 2.0, "v5p": 2.0, "v6e": 2.23, "v7x": 2.25}
+
+SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192))
+ROWS = (1, 16, 64, 256, 1024, 4096, 8192)
+
+# NF4 in blocks of 64 with double quantization.
+_BYTES_A_WEIGHT = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+
+
+def predict(chip_name: str, k: int, n: int, rows: int) -> dict[str, Any]:
+  """Seconds of x `[rows, K]` times a packed `[K, N]`, and of its peers."""
+  chip, tiles = CHIPS[chip_name], Tiles()
+  passes = math.ceil(rows / tiles.rows)  # over the weight: each decodes it again
+  # Few rows fill as much of a matrix unit as 8 do.
+  products = 2 * max(rows, 8) * k * n / chip.flop_s
+  decoding = passes * k * n / 1024 * DECODE_BUNDLES[chip_name] / (chip.cores * chip.cycles_s)
+  # x again for each tile of N, which is how the grid goes.
+  activations = 2 * rows * (k * math.ceil(n / tiles.n) + n)
+  ours = {
+    "bytes": (passes * k * n * _BYTES_A_WEIGHT + activations) / chip.bytes_s,
+    "products": products,
+    "decoding": decoding,
+  }
+  bf16 = max((2 * k * n + 2 * rows * (k + n)) / chip.bytes_s, products)
+  # Written once and read once.
+  through_hbm = (k * n * (_BYTES_A_WEIGHT + 2) / chip.bytes_s) + bf16
+  seconds = max(ours.values())
+  return {
+    "chip": chip_name,
+    "k": k,
+    "n": n,
+    "rows": rows,
+    "seconds": seconds,
+    "bound": max(ours, key=lambda name: ours[name]),
+    "parts": ours,
+    "bf16_seconds": bf16,
+    "dequantized_seconds_at_best": through_hbm,
+    "share": bf16 / seconds,
+  }
+
+
+def main(argv: Sequence[str]) -> int:
+  """Prints the table that `argv` asks for."""
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.bench.tpu_model",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument("--out", type=Path)
+  parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES))
+  parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+  arguments = parser.parse_args(argv)
+  shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
+  rows = [int(m) for m in arguments.rows.split(",")]
+  results = [predict(chip, k, n, m) for chip in CHIPS for k, n in shapes for m in rows]
+  print("predicted, µs; nothing here was run")
+  print(f"{'':24}{'ours':>9}  {'bound':9}{'bf16':>9}{'via HBM':>9}{'share':>7}")
+  for each in results:
+    case = f"{each['chip']} {each['k']}→{each['n']}, {each['rows']}"
+    print(
+      f"{case:24}{1e6 * each['seconds']:9.1f}  {each['bound']:9}{1e6 * each['bf16_seconds']:9.1f}"
+      f"{1e6 * each['dequantized_seconds_at_best']:9.1f}{each['share']:7.2f}"
+    )
+  if arguments.out:
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

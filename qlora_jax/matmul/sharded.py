@@ -1,0 +1,116 @@
+"""The product over a mesh: packed codes cross the wire, not weights.
+
+Kernels see local arrays alone, and `custom_partitioning` has no batching rule, so a layer wraps its
+product in a `shard_map`. A weight is cut along "fsdp", which is gathered again, packed, where it is
+multiplied; and along "tensor", which stays cut: along N it cuts the result, along K the result is a
+sum over the devices. Rows of x are cut along "data" and "fsdp".
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from qlora_jax.matmul import api
+from qlora_jax.quantized_tensor import (
+  GROUP,
+  NestedScales,
+  QuantizedTensor,
+  restore_scales,
+)
+
+_BATCH, _GATHERED, _KEPT = ("data", "fsdp"), "fsdp", "tensor"
+
+Partition = tuple[str, str]
+
+# Of a projection whose result is cut, and of one whose input is.
+COLUMNS: Partition = ("fsdp", "tensor")
+ROWS: Partition = ("tensor", "fsdp")
+
+
+def serves(w: Any) -> bool:
+  """Whether there is a mesh to share a product out over, and a weight that can be cut."""
+  mesh = jax.sharding.get_abstract_mesh()
+  automatic = not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual
+  return automatic and isinstance(w, QuantizedTensor)
+
+
+def weight_specs(w: QuantizedTensor, partition: Partition, leading: int = 0) -> QuantizedTensor:
+  """The PartitionSpec of each leaf of a weight, or of a stack with so many leading axes.
+
+  Codes, scales and zero-points are cut alike. What is replicated: levels, and of double
+  quantization the absmax and the offset.
+
+  Raises:
+    ValueError: a cut through a group of packed rows or through a block; the message has the rule.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  k_axis, n_axis = (name if mesh.shape.get(name, 1) > 1 else None for name in partition)
+  k, n = w.shape[-2:]
+  unit = math.lcm(GROUP, w.block_size)
+  if k_axis and k % (unit * mesh.shape[k_axis]):
+    raise ValueError(
+      f"K = {k} cut in {mesh.shape[k_axis]} along {k_axis!r}: a part is a multiple of {unit}, "
+      f"whole groups of {GROUP} rows and blocks of {w.block_size}"
+    )
+  if n_axis and n % mesh.shape[n_axis]:
+    raise ValueError(
+      f"N = {n} cut in {mesh.shape[n_axis]} along {n_axis!r}, which do not divide it"
+    )
+  cut = P(*[None] * leading, k_axis, n_axis)
+  whole = jax.tree.map(lambda leaf: P(), w)
+  scales = cut
+  if isinstance(w.scales, NestedScales):
+    scales = dataclasses.replace(w.scales, codes=cut, absmax=P(), offset=P())
+  zero = None if w.zero is None else cut
+  return dataclasses.replace(whole, codes=cut, scales=scales, zero=zero)
+
+
+def sharded_matmul(
+  x: jax.Array, w: QuantizedTensor, partition: Partition, *, implementation: str | None = None
+) -> jax.Array:
+  """`quantized_matmul` over the mesh in use (`jax.set_mesh`), inside `jit`.
+
+  Args:
+    x: `[B, ..., K]`; B is cut along "data" and "fsdp".
+    w: `[K, N]`.
+    partition: the mesh's axes along K and N, `COLUMNS` or `ROWS`. Those that the mesh has not are
+      passed over.
+    implementation: of the local product.
+
+  Returns:
+    `[B, ..., N]` in x's dtype.
+
+  Raises:
+    ValueError: see `weight_specs` and `quantized_matmul`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  # The map of nested scales goes by where a block lies in the whole weight.
+  w = jax.lax.stop_gradient(dataclasses.replace(w, scales=restore_scales(w.scales)))
+  specs = weight_specs(w, partition)
+  k_axis, n_axis = specs.codes
+  batch = tuple(name for name in _BATCH if mesh.shape.get(name, 1) > 1)
+  if x.shape[0] % math.prod(mesh.shape[name] for name in batch):
+    batch = ()  # an adapter's own columns, of which DoRA takes the product, are few
+  middle = [None] * (x.ndim - 2)
+
+  def local(x, w):
+    def gather(leaf, spec):
+      if _GATHERED not in spec:
+        return leaf
+      return jax.lax.all_gather(leaf, _GATHERED, axis=spec.index(_GATHERED), tiled=True)
+
+    # As one tree each: a spec is a tuple, and would be taken apart.
+    leaves, structure = jax.tree.flatten(w)
+    by_leaf = jax.tree.leaves(specs, is_leaf=lambda each: isinstance(each, P))
+    w = structure.unflatten(map(gather, leaves, by_leaf))
+    y = api.quantized_matmul(x, w, implementation=implementation)
+    return jax.lax.psum(y, _KEPT) if k_axis == _KEPT else y
+
+  return jax.shard_map(
+    local,
+    in_specs=(P(batch or None, *middle, _KEPT if k_axis == _KEPT else None), specs),
+    out_specs=P(batch or None, *middle, _KEPT if n_axis == _KEPT else None),
+  )(x, w)

@@ -1,0 +1,44 @@
+"""What a product is traced for, and what every Pallas kernel of the op needs."""
+
+from typing import Any
+
+import jax
+
+from qlora_jax.quantized_tensor import AnyQuantizedTensor, QuantizedTensor
+
+# The first JAX whose Pallas the kernels were written for and run with.
+_LEAST_JAX = (0, 11, 2)
+
+
+def target() -> tuple[str, Any]:
+  """The platform that is traced for, and its device.
+
+  The one that JAX takes by default: a trace does not know of arrays that are committed to another.
+  """
+  # A program can be lowered for a device that is not there.
+  if device := jax.sharding.get_abstract_mesh().abstract_device:
+    return device.platform or jax.default_backend(), device
+  config: Any = jax.config
+  default = config.jax_default_device
+  device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
+  return device.platform, device
+
+
+def unsupported(w: AnyQuantizedTensor, *platforms: str) -> str | None:
+  """Why no kernel for these platforms can read `w` here, or None."""
+  if jax.__version_info__ < _LEAST_JAX:
+    least = ".".join(map(str, _LEAST_JAX))
+    return f"it needs JAX {least}; this is {jax.__version__}"
+  platform, _ = target()
+  if platform not in platforms:
+    return f"the computation is for a {platform}"
+  mesh = jax.sharding.get_abstract_mesh()
+  if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
+    return "the mesh has axes that are not manual: call it in a shard_map over them"
+  if not isinstance(w, QuantizedTensor):
+    return "blocks cross from output to output (a bitsandbytes weight whose K they do not divide)"
+  if w.column_tables:
+    return "a table for each output (any2 to any4); its kernels keep one"
+  if w.size >= 2**31:
+    return f"{w.size} weights; fewer than 2^31, which its indices count to"
+  return None

@@ -1,0 +1,433 @@
+"""The packed product on a TPU: tiles of codes, decoded in VMEM, straight into the matrix unit.
+
+A grid step holds a tile of codes, which the pipeline fetched while the step before it computed;
+decodes it into a `[k, n]` tile of x's dtype; and multiplies all the rows of x that fit by it. No
+dequantized weight is written to HBM. The input gradient decodes the same tiles, and contracts n.
+
+The decode is by sublane: a table of 16 levels lies along the 8 sublanes of two registers, the low
+three bits of a code pick a sublane in each, and the fourth chooses. It takes the fewest bundles of
+the compiler's schedule, on every generation (`python -m experiments.bench.tpu_schedule` counts
+it beside those that were not taken).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qlora_jax import codebooks
+from qlora_jax.matmul import manual_axes
+from qlora_jax.quantized_tensor import (
+  GROUP,
+  NestedScales,
+  QuantizedTensor,
+  plane_rows,
+  planes,
+  restore_scales,
+  split_rows,
+)
+
+# Of a 32-bit register.
+_SUBLANES, _LANES = 8, 128
+# Rows of a tile of bytes.
+_BYTE_ROWS = 32
+# Rows of K that are multiplied as soon as they are decoded: the depth of the largest matrix unit.
+_CHUNK = 256
+# Of VMEM a kernel may take; v7x has 64 MiB, the others 128.
+VMEM_LIMIT = 48 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """How the work is cut, at most: a tile of the weight is `[contraction, columns]` of W.
+
+  Attributes:
+    rows: of x, or of the output's gradient, that a decoded tile is multiplied by.
+    k, n: rows and columns of W.
+  """
+
+  rows: int = 1024
+  k: int = 1024
+  n: int = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How the kernel sees a weight.
+
+  Attributes:
+    bits: of a code.
+    plane: rows of a plane.
+    ragged: whether 128 does not divide K: it is one group then, its planes padded, and one tile.
+    k, n: of a tile; rows: of x, at most.
+    block: rows of K that share a scale; 0 where each row has its own.
+    nested: whether scales come as codes, absmax, offset and map.
+    has_zero: whether zero-points come after them.
+  """
+
+  bits: int
+  plane: int
+  ragged: bool
+  k: int
+  n: int
+  rows: int
+  block: int
+  nested: bool
+  has_zero: bool
+
+  @classmethod
+  def of(cls, w: QuantizedTensor, tiles: Tiles) -> "Layout":
+    """Of a matrix, in tiles of at most these sizes."""
+    k, n = w.shape
+    ragged = k % GROUP != 0
+    plane = -(-plane_rows(k, w.bits)[1] // _BYTE_ROWS) * _BYTE_ROWS if ragged else 0
+    # Where a strip of rows may lie in two blocks, each row has its scale written beside it.
+    block = 0 if ragged or w.block_size % _SUBLANES else w.block_size
+    nested = isinstance(w.scales, NestedScales) and block != 0
+    if ragged:
+      tile_k = planes(w.bits) * plane
+    else:
+      fits = _divisors(k, tiles.k)
+      whole = [each for each in fits if block and max(each, block) % min(each, block) == 0]
+      block = block if whole else 0
+      # Rows of one run of absmax; else the scales are restored ahead of the kernel.
+      run = [each for each in whole if nested and _run(w.scales) % max(1, each // block) == 0]
+      nested = bool(run)
+      tile_k = max(run or whole or fits)
+    # A ragged K may be longer than a tile: less of the others then.
+    longer = -(-tile_k // tiles.k)
+    return cls(
+      bits=w.bits,
+      plane=plane if ragged else GROUP // planes(w.bits),
+      ragged=ragged,
+      k=tile_k,
+      n=max(_divisors(n + -n % _LANES, tiles.n // longer)),
+      rows=max(_BYTE_ROWS, tiles.rows // longer // _BYTE_ROWS * _BYTE_ROWS),
+      block=block,
+      nested=nested,
+      has_zero=w.zero is not None,
+    )
+
+  @property
+  def group(self) -> int:
+    """Rows of a group of planes."""
+    return self.plane * planes(self.bits)
+
+  @property
+  def byte_rows(self) -> int:
+    """Of a tile of codes."""
+    return self.k * self.bits // 8
+
+  @property
+  def scale_rows(self) -> int:
+    """Of a tile."""
+    return self.k if self.block == 0 else max(1, self.k // self.block)
+
+
+def _divisors(size: int, most: int) -> list[int]:
+  """The divisors of `size` in whole registers, up to `most`; at least the smallest."""
+  count = size // _LANES
+  return [d * _LANES for d in range(1, max(most // _LANES, 1) + 1) if count % d == 0]
+
+
+def product(
+  x: jax.Array,
+  w: QuantizedTensor,
+  tiles: Tiles = Tiles(),
+  *,
+  transposed: bool = False,
+  interpret: bool = False,
+) -> jax.Array:
+  """`[..., K] · [K, N] → [..., N]`, or `[..., N] · [K, N]ᵀ → [..., K]`, in x's dtype."""
+  k, n = w.shape
+  rows = x.reshape(-1, x.shape[-1])
+  if not len(rows):
+    return jnp.zeros((*x.shape[:-1], k if transposed else n), x.dtype)
+  layout = Layout.of(w, tiles)
+  rows = jnp.pad(rows, ((0, 0), (0, -n % _LANES))) if transposed else _split_planes(rows, w, layout)
+  operands = [_Operand(rows, None, None), *_operands(w, layout)]
+  m = min(len(rows), layout.rows)
+  padded_n, padded_k = n + -n % _LANES, _padded(k, layout)
+  # Of the result, and of what is summed over: the whole and a tile.
+  (kept, kept_tile), (summed, summed_tile) = (padded_n, layout.n), (padded_k, layout.k)
+  if transposed:
+    (kept, kept_tile), (summed, summed_tile) = (summed, summed_tile), (kept, kept_tile)
+
+  def place(index):
+    return lambda i, kept, summed: index(*((kept, summed) if transposed else (summed, kept)))
+
+  arrays = [operand.array for operand in operands]
+  axes = manual_axes.varying(*arrays)
+  arrays = [manual_axes.cast(array, axes) for array in arrays]
+  manual: Any = {"manual_axis_type": jax.typeof(arrays[0]).manual_axis_type}
+  y = pl.pallas_call(
+    functools.partial(_kernel, layout=layout, transposed=transposed),
+    out_shape=jax.ShapeDtypeStruct((len(rows), kept), x.dtype, **manual),
+    grid=(pl.cdiv(len(rows), m), kept // kept_tile, summed // summed_tile),
+    in_specs=[
+      pl.BlockSpec((m, summed_tile), lambda i, kept, summed: (i, summed)),
+      *(pl.BlockSpec(each.block, place(each.index)) for each in operands[1:]),
+    ],
+    out_specs=pl.BlockSpec((m, kept_tile), lambda i, kept, summed: (i, kept)),
+    scratch_shapes=[pltpu.VMEM((m, kept_tile), jnp.float32)],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"),
+      vmem_limit_bytes=VMEM_LIMIT,
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * len(rows) * padded_k * padded_n,
+      bytes_accessed=sum(array.nbytes for array in arrays) + len(rows) * kept * x.dtype.itemsize,
+      transcendentals=0,
+    ),
+    interpret=interpret,
+    name="quantized_matmul_gradient" if transposed else "quantized_matmul",
+  )(*arrays)
+  y = _join_planes(y, w, layout) if transposed else y[:, :n]
+  return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operand:
+  """What the kernel reads, and the block of it that a tile of the weight needs.
+
+  Attributes:
+    block: its shape.
+    index: `(tile of K, tile of N) →` where it is, in blocks.
+  """
+
+  array: jax.Array
+  block: Any
+  index: Any
+
+
+def _operands(w: QuantizedTensor, layout: Layout) -> list[_Operand]:
+  """Codes, levels, scales (one array, or codes, absmax, offset and map), zero-points."""
+  columns = -w.shape[1] % _LANES
+  codes = w.codes
+  if layout.ragged:
+    unit = codes.reshape(-1, plane_rows(w.shape[0], w.bits)[1], codes.shape[1])
+    codes = jnp.pad(unit, ((0, 0), (0, layout.plane - unit.shape[1]), (0, 0)))
+    codes = codes.reshape(-1, codes.shape[-1])
+  codes = jnp.pad(codes, ((0, 0), (0, columns)))
+  # Signed: a byte's top bit is then its sign, and widening it costs one operation, not two.
+  codes = jax.lax.bitcast_convert_type(codes, jnp.int8)
+  operands = [
+    _Operand(codes, (layout.byte_rows, layout.n), lambda t, j: (t, j)),
+    _whole(_table(w.levels.astype(jnp.float32), along_lanes=w.bits == 8)),
+  ]
+
+  def per_block(blocks: jax.Array) -> _Operand:
+    """`[K/B, N]`, of scales, their codes or zero-points."""
+    if layout.block == 0:
+      blocks = jnp.repeat(blocks, w.block_size, 0)[: w.shape[0]]
+      blocks = _split_planes(blocks.T, w, layout).T
+    blocks = jnp.pad(blocks, ((0, 0), (0, columns)))
+    rows = layout.scale_rows
+    tiles_a_row = max(1, layout.block // layout.k)
+    return _Operand(
+      blocks.reshape(-1, rows, blocks.shape[1]),
+      (None, rows, layout.n),
+      lambda t, j: (t // tiles_a_row, 0, j),
+    )
+
+  if layout.nested:
+    assert isinstance(w.scales, NestedScales)
+    operands.append(per_block(jax.lax.bitcast_convert_type(w.scales.codes, jnp.int8)))
+    operands.append(_absmax(w.scales, layout, columns))
+    operands.append(_whole(w.scales.offset.astype(jnp.float32).reshape(1, 1)))
+    operands.append(_whole(_table(jnp.asarray(codebooks.dynamic_map()), along_lanes=True)))
+  else:
+    operands.append(per_block(restore_scales(w.scales)))
+  if w.zero is not None:
+    operands.append(per_block(w.zero.astype(jnp.float32)))
+  return operands
+
+
+def _whole(array: jax.Array) -> _Operand:
+  """An operand that every tile reads whole."""
+  return _Operand(array, array.shape, lambda t, j: (0,) * array.ndim)
+
+
+def _table(levels: jax.Array, along_lanes: bool) -> jax.Array:
+  """`[L]` → `[registers, 8, 128]`, the levels along the sublanes or the lanes, and repeated."""
+  length = _LANES if along_lanes else _SUBLANES
+  levels = jnp.pad(levels, (0, -len(levels) % length)).reshape(-1, length)
+  axis = 2 if along_lanes else 1
+  return jax.lax.broadcast_in_dim(levels, (len(levels), _SUBLANES, _LANES), (0, axis))
+
+
+def _run(scales: Any) -> int:
+  """How many blocks of an output, one after the other, surely share an absmax."""
+  return math.gcd(scales.shape[-2], scales.block_size)
+
+
+def _absmax(scales: NestedScales, layout: Layout, columns: int) -> _Operand:
+  """The absmax of each run of blocks, without a lookup: they are in [out, in] order already."""
+  blocks, n = scales.shape
+  run = _run(scales)
+  each = jnp.repeat(scales.absmax.astype(jnp.float32), scales.block_size // run)
+  each = each[: n * blocks // run].reshape(n, -1).T
+  each = jnp.pad(each, ((0, 0), (0, columns)))
+  tiles_a_run = run * layout.block // layout.k
+  return _Operand(each[:, None], (None, 1, layout.n), lambda t, j: (t // tiles_a_run, 0, j))
+
+
+def _padded(k: int, layout: Layout) -> int:
+  return layout.group if layout.ragged else k
+
+
+def _split_planes(x: jax.Array, w: QuantizedTensor, layout: Layout) -> jax.Array:
+  """`[..., K]` → as the tiles have K: a ragged one's planes each padded with zeros."""
+  if not layout.ragged:
+    return x
+  parts = split_rows(x, w.bits, -1)
+  return jnp.concatenate(
+    [jnp.pad(part[..., 0, :], ((0, 0), (0, layout.plane - part.shape[-1]))) for part in parts], -1
+  )
+
+
+def _join_planes(y: jax.Array, w: QuantizedTensor, layout: Layout) -> jax.Array:
+  """The inverse of `_split_planes`."""
+  if not layout.ragged:
+    return y
+  sizes = plane_rows(w.shape[0], w.bits)[2]
+  return jnp.concatenate(
+    [y[:, j * layout.plane : j * layout.plane + size] for j, size in enumerate(sizes)], -1
+  )
+
+
+# The kernel
+
+
+def _kernel(x_ref, codes_ref, table_ref, *refs, layout: Layout, transposed: bool):
+  """One tile: see the module."""
+  *parameters, y_ref, sum_ref = refs
+  step = pl.program_id(2)
+
+  @pl.when(step == 0)
+  def _():
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+
+  zero = parameters.pop()[...] if layout.has_zero else None
+  scales = _restored(*parameters) if layout.nested else parameters[0][...]
+  codes = codes_ref[...].astype(jnp.int32)
+  levels = functools.partial(lookup, [table_ref[i] for i in range(table_ref.shape[0])])
+  chunk = layout.group * max(1, _CHUNK // layout.group)
+  for start in range(0, layout.k, chunk):
+    rows = slice(start, min(start + chunk, layout.k))
+    groups = range(rows.start // layout.group, rows.stop // layout.group)
+    # A value of its own, so that the next chunk is decoded while this one is multiplied.
+    w = jnp.concatenate(
+      [
+        piece
+        for group in groups
+        for piece in _decoded_group(group, codes, levels, scales, zero, layout, x_ref.dtype)
+      ]
+    )
+    if transposed:
+      sum_ref[:, rows] += _dot(x_ref[...], w, 1)
+    else:
+      sum_ref[...] += _dot(x_ref[:, rows], w, 0)
+
+  @pl.when(step == pl.num_programs(2) - 1)
+  def _():
+    y_ref[...] = sum_ref[...].astype(y_ref.dtype)
+
+
+def _dot(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
+  return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _decoded_group(group: int, codes, levels, scales, zero, layout: Layout, dtype) -> list:
+  """A group's rows of W, 16 by 16: float32 level times float32 scale, rounded once to `dtype`."""
+  bytes_a_group = layout.group * layout.bits // 8
+
+  def strip(array, row):
+    return array[row : row + _SUBLANES]
+
+  weights = {}
+  for row in range(0, layout.plane, _SUBLANES):
+    first = group * bytes_a_group + row
+    if layout.bits == 3:
+      low, middle, high = (strip(codes, first + i * layout.plane) & 255 for i in range(3))
+      word = low | (middle << 8) | (high << 16)
+    else:
+      word = strip(codes, first)
+    for j in range(planes(layout.bits)):
+      k = group * layout.group + j * layout.plane + row
+      weight = levels(word, layout.bits, layout.bits * j)
+      if zero is not None:
+        weight = weight - _of_strip(zero, k, layout)
+      weights[k] = weight * _of_strip(scales, k, layout)
+  # Two strips fill a register of 16 bits.
+  return [
+    jnp.concatenate([weights[k], weights[k + _SUBLANES]]).astype(dtype)
+    for k in range(group * layout.group, (group + 1) * layout.group, 2 * _SUBLANES)
+  ]
+
+
+def _of_strip(blocks: jax.Array, k: int, layout: Layout) -> jax.Array:
+  """`[1, n]` or `[8, n]`: what the 8 rows from k on of a tile have of `blocks`."""
+  if layout.block == 0:
+    return blocks[k : k + _SUBLANES]
+  block = k // layout.block
+  return blocks[block : block + 1]
+
+
+def lookup(table: list[jax.Array], word: jax.Array, bits: int, first: int = 0) -> jax.Array:
+  """The levels of the codes that start at bit `first` of `word`, a byte with its sign, `[8, n]`."""
+  # 256 levels lie along the lanes of two registers, fewer along the sublanes of one or two.
+  axis, length = (1, _LANES) if bits == 8 else (0, _SUBLANES)
+  index = (word >> first if first else word) & (min(length, 1 << bits) - 1)
+  low = gather(table[0], index, axis)
+  if len(table) == 1:
+    return low
+  top = first + bits - 1
+  upper = word < 0 if top == 7 else word & (1 << top) != 0
+  return jnp.where(upper, gather(table[1], index, axis), low)
+
+
+def gather(register: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+  """`register` `[8, 128]`, permuted along an axis by each `[8, 128]` of `index`, all of them in it.
+
+  As `jnp.take_along_axis`, which would take indices below zero for such from the end: three vector
+  operations for each register.
+  """
+  numbers = jax.lax.GatherDimensionNumbers(
+    offset_dims=(),
+    collapsed_slice_dims=(axis,),
+    start_index_map=(axis,),
+    operand_batching_dims=(1 - axis,),
+    start_indices_batching_dims=(1 - axis,),
+  )
+  pieces = [
+    jax.lax.gather(
+      register,
+      index[:, j : j + _LANES, None],
+      numbers,
+      slice_sizes=(1, 1),
+      mode="promise_in_bounds",
+    )
+    for j in range(0, index.shape[1], _LANES)
+  ]
+  return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, 1)
+
+
+def _restored(codes_ref, absmax_ref, offset_ref, map_ref) -> jax.Array:
+  """A tile's scales `[rows, n]`, undoing double quantization: two roundings, as there."""
+  codes = codes_ref[...].astype(jnp.int32)  # signed, as `lookup` wants them
+  halves = [map_ref[0], map_ref[1]]
+  rows = len(codes)
+  # In whole registers, which is what is looked up in.
+  filling = jnp.zeros((-rows % _SUBLANES, codes.shape[1]), codes.dtype)
+  whole = jnp.concatenate([codes, filling]) if len(filling) else codes
+  strips = [whole[row : row + _SUBLANES] for row in range(0, rows, _SUBLANES)]
+  value = jnp.concatenate([lookup(halves, strip, 8) for strip in strips])[:rows]
+  # Code 127 stands for 0.
+  product = jnp.where(codes == 127, 0.0, value * absmax_ref[...])
+  return product + offset_ref[0, 0]

@@ -1,0 +1,243 @@
+"""The TPU's kernel: its numbers in interpret mode, and the real compiler's programs, where it is.
+
+Nothing here has run on a TPU.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.bench import tpu_compiler
+from qlora_jax import dequantize, quantize, quantized_matmul
+from qlora_jax.matmul import api, sharded, specs, tpu
+from qlora_jax.matmul.specs import ArgumentSpec
+from tests.matmul.test_quantized_matmul import assert_product
+
+if jax.__version_info__ < (0, 11, 2):
+  pytest.skip("the TPU's kernel needs JAX 0.11.2", allow_module_level=True)
+
+from qlora_jax.matmul import tpu_tiles
+from qlora_jax.matmul.tpu_tiles import Tiles
+
+compiles = pytest.mark.skipif(
+  tpu_compiler.unavailable() is not None, reason=str(tpu_compiler.unavailable())
+)
+DEFAULT = Tiles()
+CHIPS = tuple(tpu_compiler.TOPOLOGIES)
+
+
+def arguments(spec, seed=0):
+  """x, w, and a gradient of the product."""
+  keys = jax.random.split(jax.random.key(seed), 3)
+  g = jax.random.normal(keys[2], (*spec.rows, spec.n), spec.dtype)
+  return spec.x(keys[0]), spec.w(keys[1]), g
+
+
+@functools.partial(jax.jit, static_argnames="tiles")
+def interpreted(x, w, g, tiles=DEFAULT):
+  product = functools.partial(tpu_tiles.product, tiles=tiles, interpret=True)
+  return product(x, w), product(g, w, transposed=True)
+
+
+def assert_definition(x, w, g, tiles=DEFAULT):
+  """Forward and input gradient, by float64, of the weight rounded to x's dtype."""
+  y, dx = interpreted(x, w, g, tiles)
+  assert (y.dtype, dx.dtype) == (x.dtype, x.dtype)
+  dense = dequantize(w, x.dtype)
+  assert_product(y, x, dense)
+  assert_product(dx, g, np.asarray(dense).T)
+
+
+# Numbers
+
+# Each width on whole groups and on a ragged K, scales of every kind and of blocks of every relation
+# to a tile, zero-points, a table without a zero, rows from none to several axes.
+QUICK = (
+  *(ArgumentSpec(256, 16, (3,), codebook=codebook) for codebook in ("nf2", "nf3", "nf4", "int8")),
+  *(ArgumentSpec(k, 5, (2,), codebook="nf3") for k in (3, 172)),
+  ArgumentSpec(172, 130, (2, 2), "bfloat16"),
+  ArgumentSpec(384, 16, (), block_size=48),
+  ArgumentSpec(384, 16, block_size=512),
+  ArgumentSpec(256, 8, (1,), "bfloat16", block_size=1, double_quantization=False),
+  ArgumentSpec(256, 16, codebook="int4_zero_point", block_size=32),
+  ArgumentSpec(129, 3, codebook="equal_mass16"),
+)
+REST = [spec for spec in specs.SMALL if spec.dtype != "float16"]
+
+
+@pytest.mark.parametrize(
+  "spec", [*QUICK, *(pytest.param(spec, marks=pytest.mark.slow) for spec in REST)], ids=str
+)
+def test_the_kernel_is_the_definition(spec):
+  assert_definition(*arguments(spec))
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+  k=st.integers(1, 5).map(lambda n: 128 * n) | st.integers(1, 300),
+  n=st.integers(1, 300),
+  rows=st.integers(1, 40),
+  block=st.sampled_from([16, 32, 64, 100, 128, 256]),
+  codebook=st.sampled_from(["nf4", "nf3", "bof4s", "int4_zero_point"]),
+  dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_the_kernel_is_the_definition_of_any_shape(k, n, rows, block, codebook, dtype):
+  assert_definition(*arguments(ArgumentSpec(k, n, (rows,), dtype, codebook, block)))
+
+
+def test_several_tiles_of_every_axis():
+  spec = ArgumentSpec(512, 384, (70,), "bfloat16")
+  tiles = Tiles(rows=32, k=256, n=128)
+  assert_definition(*arguments(spec), tiles)
+  # One run of absmax over several tiles of K, and several tiles in one block.
+  assert_definition(*arguments(ArgumentSpec(512, 128, (3,), block_size=256)), Tiles(32, 128, 128))
+
+
+@pytest.mark.slow
+def test_a_long_ragged_k_is_one_tile():
+  x, w, g = arguments(ArgumentSpec(2050, 256, (40,), "bfloat16"))
+  layout = tpu_tiles.Layout.of(w, Tiles())
+  assert (layout.ragged, layout.k, layout.n) == (True, 2 * 1056, 256)
+  assert layout.rows < Tiles().rows
+  assert_definition(x, w, g)
+
+
+def test_formats_of_scales():
+  x, _, g = arguments(ArgumentSpec(256, 16))
+  dense = jax.random.normal(jax.random.key(3), (256, 16))
+  for codebook, block, scale_dtype in (
+    ("nvfp4", 16, "auto"),
+    ("mxfp4", 32, "auto"),
+    ("nf4", 64, "bfloat16"),
+  ):
+    w = quantize(
+      dense,
+      codebook=codebook,
+      block_size=block,
+      double_quantization=False,
+      scale_dtype=scale_dtype,
+    )
+    assert_definition(x, w, g)
+
+
+def test_no_rows():
+  _, w, _ = arguments(ArgumentSpec(128, 16))
+  assert tpu_tiles.product(jnp.zeros((2, 0, 128)), w).shape == (2, 0, 16)
+
+
+def test_a_batch_of_weights():
+  spec = ArgumentSpec(128, 16, (3,))
+  x = jax.random.normal(jax.random.key(0), (2, 3, 128))
+  w = spec.w(jax.random.key(1), (2,))
+  product = functools.partial(tpu_tiles.product, interpret=True)
+  y = jax.jit(jax.vmap(product))(x, w)
+  for i in range(2):
+    assert_product(y[i], x[i], dequantize(w)[i])
+
+
+# The choice
+
+
+def tpu_mesh():
+  device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+  return AbstractMesh((1,), ("x",), abstract_device=device)
+
+
+def test_a_tpu_takes_the_kernel_and_others_are_refused():
+  x, w, _ = arguments(ArgumentSpec(256, 16, dtype="bfloat16"))
+  with pytest.raises(ValueError, match="'tpu' cannot serve this: the computation is for a cpu"):
+    quantized_matmul(x, w, implementation="tpu")
+  with jax.sharding.use_abstract_mesh(tpu_mesh()):
+    assert api.choose(x, w) == "tpu"
+    half = jax.ShapeDtypeStruct(x.shape, jnp.float16)
+    assert "float16" in str(tpu.unsupported(half, w))
+    assert api.choose(half, w) == "xla"
+    long = jax.eval_shape(lambda: ArgumentSpec(8200, 16).w(jax.random.key(0)))
+    assert "K = 8200, which 128 does not divide" in str(tpu.unsupported(x, long))
+    columns = dataclasses.replace(w, levels=jax.ShapeDtypeStruct((16, 16), jnp.float32))
+    assert "a table for each output" in str(tpu.unsupported(x, columns))
+
+
+# The compiler's programs
+
+
+@compiles
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+  "spec",
+  [
+    ArgumentSpec(256, 128, (16,), "bfloat16"),
+    pytest.param(ArgumentSpec(172, 64), marks=pytest.mark.slow),
+    pytest.param(ArgumentSpec(256, 128, codebook="nf3"), marks=pytest.mark.slow),
+    pytest.param(ArgumentSpec(256, 128, codebook="int8"), marks=pytest.mark.slow),
+    pytest.param(ArgumentSpec(1024, 1024, (256,), "bfloat16"), marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_forward_and_gradient_compile(chip, spec):
+  x, w, g = jax.eval_shape(lambda: arguments(spec))
+
+  def both(x, w, g):
+    y, pullback = jax.vjp(lambda x: quantized_matmul(x, w), x)
+    return y, pullback(g)
+
+  compiled = tpu_compiler.compile_for(tpu_compiler.one_chip(chip), both, x, w, g)
+  text = compiled.as_text()
+  assert text.count("tpu_custom_call") >= 2
+  # No weight of x's dtype is written: what is held beside the arguments is smaller than one.
+  if spec.k * spec.n > 2**19:
+    assert compiled.memory_analysis().temp_size_in_bytes < spec.k * spec.n * x.dtype.itemsize / 2
+
+
+@compiles
+def test_a_stack_is_not_copied_in_a_scan():
+  spec = ArgumentSpec(1024, 2048, (16,), "bfloat16")
+  x, stack = jax.eval_shape(lambda: (spec.x(jax.random.key(0)), spec.w(jax.random.key(0), (4,))))
+
+  def scanned(x, stack):
+    return jax.lax.scan(lambda x, w: (x + quantized_matmul(x, w).sum(), None), x, stack)[0]
+
+  compiled = tpu_compiler.compile_for(tpu_compiler.one_chip("v5e"), scanned, x, stack)
+  assert compiled.memory_analysis().temp_size_in_bytes < stack.codes.size // 4
+  # A layer's codes go from the stack into VMEM (memory space 1), where the kernel reads them.
+  rows, columns = stack.codes.shape[1:]
+  (layer,) = {
+    line.split("=")[1].split("fusion(")[0].strip()
+    for line in compiled.as_text().splitlines()
+    if "dynamic-slice" in line.split("=")[0] and f"u8[{rows},{columns}]" in line
+  }
+  assert "S(1)" in layer
+
+
+@compiles
+@pytest.mark.parametrize("partition", [sharded.COLUMNS, sharded.ROWS], ids=["columns", "rows"])
+def test_codes_cross_the_wire_packed(partition):
+  devices = np.array(tpu_compiler.topology("v5e")).reshape(2, 2)
+  mesh = jax.sharding.Mesh(devices, ("fsdp", "tensor"))
+  x, w, _ = jax.eval_shape(lambda: arguments(ArgumentSpec(1024, 512, (16,), "bfloat16")))
+
+  def place(leaf, spec):
+    sharding = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    specs_of_w = sharded.weight_specs(w, partition)
+  w = jax.tree.map(place, w, specs_of_w)
+  product = functools.partial(sharded.sharded_matmul, partition=partition)
+  text = tpu_compiler.compile_for(mesh, product, place(x, P("fsdp")), w).as_text()
+  assert "tpu_custom_call" in text
+  # Codes, and the scales: no decoded weight.
+  gathered = [
+    line.split(" = ")[1].split("{")[0] for line in text.splitlines() if " all-gather(" in line
+  ]
+  assert any(each.startswith("u8[") for each in gathered), gathered
+  assert not any(each.startswith("bf16[") for each in gathered), gathered

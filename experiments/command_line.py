@@ -38,6 +38,7 @@ _FLAGS = {
   "list": "of a config with sweep(): name the trials, how they stand, what they share, and stop",
   "index": "of a config with sweep(): run one trial, by its place, as an array job does",
   "ray": "of a config with sweep(): send the trials to the Ray cluster at $RAY_ADDRESS, or here",
+  "group_size": "of a config with sweep(): at most so many trials train in one program, or 'auto'",
   "help": "print this text and stop; after --config, with that file's values",
 }
 
@@ -59,6 +60,7 @@ class Arguments:
     list: name the trials instead of running them.
     index: of the only trial to run, or None.
     ray: run the trials on a Ray cluster.
+    group_size: of trials that train in one program at most; None to choose it.
   """
 
   config: config_lib.ExperimentConfig
@@ -69,6 +71,7 @@ class Arguments:
   list: bool = False
   index: int | None = None
   ray: bool = False
+  group_size: int | None = None
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -116,9 +119,18 @@ def _parse(argv: Sequence[str]) -> Arguments:
     list=values["list"],
     index=values["index"],
     ray=values["ray"],
+    group_size=_group_size(values["group_size"]),
   )
   _check_sweep(arguments)
   return arguments
+
+
+def _group_size(text: str | None) -> int | None:
+  if text is None or text == "auto":
+    return None
+  if not text.isdigit() or int(text) < 1:
+    raise UsageError(f"--group_size: {text}; a number of trials, 1 or more, or auto")
+  return int(text)
 
 
 def _trials(
@@ -137,7 +149,7 @@ def _trials(
 
 def _check_sweep(arguments: Arguments) -> None:
   if arguments.trials is None:
-    for name in ("list", "index", "ray"):
+    for name in ("list", "index", "ray", "group_size"):
       given = getattr(arguments, name)
       if given is not None and given is not False:  # --index=0 is equal to False
         raise UsageError(f"--{name}: {arguments.config_file} has no sweep(), so it is one trial")
@@ -165,6 +177,7 @@ def _split(argv: Sequence[str]) -> dict[str, Any]:
   flags.DEFINE_boolean("list", False, _FLAGS["list"], flag_values=values)
   flags.DEFINE_integer("index", None, _FLAGS["index"], flag_values=values)
   flags.DEFINE_boolean("ray", False, _FLAGS["ray"], flag_values=values)
+  flags.DEFINE_string("group_size", None, _FLAGS["group_size"], flag_values=values)
   flags.DEFINE_boolean("help", False, _FLAGS["help"], short_name="h", flag_values=values)
   for path, field in config_lib.fields().items():
     flags.DEFINE_string(f"config.{path}", None, field.help, flag_values=values)

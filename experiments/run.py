@@ -7,7 +7,8 @@
 given again.
 
 Of a config with `sweep()`, every trial that is not finished runs; `--list` names them, `--index 3`
-runs one, `--ray` sends them to a cluster (see experiments/sweep.py).
+runs one, `--ray` sends them to a cluster (see experiments/sweep.py), `--group_size=8` trains up to
+eight that share a base in one program.
 """
 
 import shlex
@@ -72,9 +73,9 @@ def _run(arguments: command_line.Arguments, argv: Sequence[str]) -> int:
       return 0
     if trials is not None:
       if arguments.ray:
-        outcome = sweep.run_on_ray(config.name, trials, workdir)
+        outcome = sweep.run_on_ray(config.name, trials, workdir, arguments.group_size)
       else:
-        outcome = sweep.run(config.name, trials, workdir, index)
+        outcome = sweep.run(config.name, trials, workdir, index, arguments.group_size)
       print(f"{outcome}\nWritten to {workdir}")
       return 1 if outcome.failed or (index is not None and outcome.elsewhere) else 0
     summary = trial.run(config, workdir)

@@ -10,7 +10,9 @@ A sweep's directory holds
   locks/                who is at work
 
 A trial is known by its resolved config (`sweeps.identity`), so it is finished whatever becomes of
-the grid around it. Trials of one process run base by base and share what they load and compile.
+the grid around it. Trials of one process run base by base and share what they load and compile;
+with a group size above one, those that one program serves train together
+(experiments/trial_group.py).
 Any number of processes may work on one directory: a lock that the kernel drops when its process
 ends, however it ends, gives each trial to one of them. A trial that failed is tried again when the
 command is given again.
@@ -19,6 +21,7 @@ command is given again.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -28,7 +31,7 @@ from typing import Any
 import filelock
 import tqdm
 
-from experiments import analysis, trial
+from experiments import analysis, trial, trial_group
 from qlora_jax import config as config_lib
 from qlora_jax import data, sweeps
 from qlora_jax.config import ConfigError, ExperimentConfig
@@ -36,7 +39,7 @@ from qlora_jax.hf import checkpoint as hf_checkpoint
 from qlora_jax.hf.files import read_json
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.sweeps import Trial
-from qlora_jax.train import Interrupted, TrainState
+from qlora_jax.train import Interrupted, SignalGuard, TrainState
 
 # Of a Ray worker that died (a machine was taken away). A trial that raised would raise again.
 RAY_RETRIES = 3
@@ -201,7 +204,36 @@ class Outcome:
     return "\n".join(lines)
 
 
-def run(name: str, trials: Sequence[Trial], workdir: Path, index: int | None = None) -> Outcome:
+def groups(directory: Directory, trials: Sequence[Trial], size: int) -> list[list[Trial]]:
+  """The trials in the order of their bases, up to `size` together where one program serves them.
+
+  Those that were stopped at the same step are together, and those of like ranks.
+  """
+  found: dict[str, list[Trial]] = {}
+  for base in by_base(trials):
+    for each in base:
+      found.setdefault(sweeps.group_identity(each.config), []).append(each)
+
+  def alike(one: Trial) -> tuple[int, int]:
+    return trial.saved_step(directory.trial(one.id)), one.config.lora.rank
+
+  parts: list[list[Trial]] = []
+  for group in found.values():
+    ordered = group if size == 1 else sorted(group, key=alike)
+    count = -(-len(ordered) // size)
+    # Of like sizes, which are programs of like sizes.
+    cuts = [len(ordered) * i // count for i in range(count + 1)]
+    parts += [ordered[a:b] for a, b in itertools.pairwise(cuts)]
+  return parts
+
+
+def run(
+  name: str,
+  trials: Sequence[Trial],
+  workdir: Path,
+  index: int | None = None,
+  group_size: int | None = None,
+) -> Outcome:
   """Runs the trials that are not finished, or one of them.
 
   Args:
@@ -209,6 +241,7 @@ def run(name: str, trials: Sequence[Trial], workdir: Path, index: int | None = N
     trials: all of them.
     workdir: the sweep's directory.
     index: of the only trial to run, for array jobs.
+    group_size: at most so many trials train in one program; None for `trial_group.default_size`.
 
   Raises:
     RunDirectoryError: see `prepare`.
@@ -218,18 +251,19 @@ def run(name: str, trials: Sequence[Trial], workdir: Path, index: int | None = N
   chosen = list(trials) if index is None else [trials[index]]
   before = directory.failures(chosen)
   shared, progress = trial.Shared(), _Progress(name, directory, chosen)
-  waiting = [each for group in by_base(chosen) for each in group]
+  size = trial_group.default_size() if group_size is None else group_size
+  waiting = chosen
   # Twice: what another process was at work on may have been dropped by it meanwhile.
   for _ in range(2):
     busy: list[Trial] = []
-    for each in waiting:
-      with _ours(directory, each, before) as ours:
+    for group in groups(directory, waiting, size):
+      with contextlib.ExitStack() as locks:
+        ours = [each for each in group if locks.enter_context(_ours(directory, each, before))]
+        busy += [each for each in group if each not in ours and not directory.settled(each, before)]
         if ours:
-          progress.starts(each, len(busy))
-          run_trial(directory, each, shared)
-          progress.ended(each)
-        elif not directory.settled(each, before):
-          busy.append(each)
+          progress.starts(ours, len(busy))
+          run_group(directory, ours, shared, size)
+          progress.ended(ours)
     waiting = busy
   return outcome(directory, chosen, waiting)
 
@@ -275,6 +309,33 @@ def run_trial(directory: Directory, one: Trial, shared: trial.Shared) -> None:
     raise
   except Exception as reason:
     trial.write_json(error, _described(reason))
+
+
+def run_group(
+  directory: Directory, trials: Sequence[Trial], shared: trial.Shared, size: int
+) -> None:
+  """`run_trial` of several trials, which train together where they can: see `trial_group`."""
+  if len(trials) == 1:
+    run_trial(directory, trials[0], shared)
+    return
+  guard, measure = SignalGuard(), _measure(directory, shared)
+  with contextlib.ExitStack() as logs:
+    started = []
+    for one in trials:
+      directory.error(one.id).unlink(missing_ok=True)
+      path = directory.trial(one.id)
+      try:
+        # Before its log is there: a directory with files and no config is refused.
+        trial.prepare_directory(path, one.config)
+      except Exception as reason:
+        trial.write_json(directory.error(one.id), _described(reason))
+        continue
+      log = logs.enter_context(open(path / "log.txt", "a", encoding="utf-8"))
+      started.append((one, (trial.steps(one.config, path, shared, measure, guard), log)))
+    results = trial_group.run([each for _, each in started], size, shared, guard)
+  for (one, _), result in zip(started, results, strict=True):
+    if isinstance(result, Exception):
+      trial.write_json(directory.error(one.id), _described(result))
 
 
 def _described(error: BaseException) -> dict[str, str]:
@@ -333,27 +394,36 @@ class _Progress:
   def _done(self) -> int:
     return sum(self._directory.done(each) for each in self._trials)
 
-  def starts(self, one: Trial, elsewhere: int) -> None:
-    """Before `one`; `elsewhere` trials were found with other processes."""
-    print(self._line(one, 1 + elsewhere), end=" ", flush=True)
+  def starts(self, trials: Sequence[Trial], elsewhere: int) -> None:
+    """Before `trials`, one or a group; `elsewhere` were found with other processes."""
+    line = self._line(len(trials) + elsewhere)
+    if len(trials) == 1:
+      print(f"{line}; {self._named(trials[0])}", end=" ", flush=True)
+    else:
+      print(f"{line}; {len(trials)} trials together", flush=True)
 
-  def ended(self, one: Trial) -> None:
-    """After `one`, on the line that `starts` began."""
-    print(f"→ {self._result(one)}", flush=True)
+  def ended(self, trials: Sequence[Trial]) -> None:
+    """After them; of one, on the line that `starts` began."""
+    for each in trials:
+      name = "" if len(trials) == 1 else f"  {self._named(each)} "
+      print(f"{name}→ {self._result(each)}", flush=True)
 
-  def came(self, one: Trial, running: int) -> None:
-    """After `one`, where several run at once."""
-    print(f"{self._line(one, running)} → {self._result(one)}", flush=True)
+  def came(self, trials: Sequence[Trial], running: int) -> None:
+    """After `trials`, one or a group, where several run at once."""
+    for each in trials:
+      print(f"{self._line(running)}; {self._named(each)} → {self._result(each)}", flush=True)
 
-  def _line(self, one: Trial, running: int) -> str:
+  def _named(self, one: Trial) -> str:
+    return f"trial {one.index} ({one.label})"
+
+  def _line(self, running: int) -> str:
     done, failed = self._done(), len(self._directory.failures(self._trials))
     left = ""
     if done > self._first:
       each = (time.monotonic() - self._started) / (done - self._first)
       left = f", {tqdm.tqdm.format_interval((len(self._trials) - done - failed) * each)} left"
     return (
-      f"{self._name}: {done}/{len(self._trials)} done, {running} running, {failed} failed{left}; "
-      f"trial {one.index} ({one.label})"
+      f"{self._name}: {done}/{len(self._trials)} done, {running} running, {failed} failed{left}"
     )
 
   def _result(self, one: Trial) -> str:
@@ -366,13 +436,16 @@ class _Progress:
     return "with another process"
 
 
-def run_on_ray(name: str, trials: Sequence[Trial], workdir: Path) -> Outcome:
-  """Sends the trials that are not finished to a Ray cluster, and waits for them.
+def run_on_ray(
+  name: str, trials: Sequence[Trial], workdir: Path, group_size: int | None = None
+) -> Outcome:
+  """Sends the trials that are not finished to a Ray cluster, one or a group at a time, and waits.
 
   The cluster is that of `$RAY_ADDRESS`, or one of this machine alone, started here. Its machines
-  see `workdir`, and this repository, under the same paths. A trial asks for one GPU where the
-  cluster has any, else for one CPU core; a worker that runs another one keeps what they share. A
-  trial whose worker dies, or is told to stop, is sent again, and goes on from its checkpoint.
+  see `workdir`, and this repository, under the same paths. A trial, or a group, asks for one GPU
+  where the cluster has any, else for one CPU core; a worker that runs another one keeps what they
+  share. One whose worker dies, or is told to stop, is sent again, and goes on from its checkpoint.
+  `group_size` is as in `run`; None for one trial where the cluster has no GPU.
 
   Raises:
     ImportError: Ray is not installed; the message says how to.
@@ -398,24 +471,25 @@ def run_on_ray(name: str, trials: Sequence[Trial], workdir: Path) -> Outcome:
       max_retries=RAY_RETRIES,
       # Its machine is taken away, with notice. (What `ray.cancel` stopped is not sent again.)
       retry_exceptions=[Interrupted],
-    )(_ray_trial)
+    )(_ray_group)
+    size = group_size or (trial_group.MOST_TRIALS if gpus else 1)
+    undone = [each for each in trials if not directory.done(each)]
     waiting = {
-      remote.remote(directory.path, each, before): each
-      for group in by_base(trials)
-      for each in group
-      if not directory.done(each)
+      remote.remote(directory.path, group, before, size): group
+      for group in groups(directory, undone, size)
     }
     progress, elsewhere = _Progress(name, directory, trials), []
     try:
       while waiting:
         (first, *_), _ = ray.wait(list(waiting), num_returns=1)
-        each = waiting.pop(first)
+        group = waiting.pop(first)
         try:
-          if not ray.get(first):
-            elsewhere.append(each)
+          elsewhere += [each for each in group if each.id in ray.get(first)]
         except ray.exceptions.RayError as error:  # its workers died, once too often
-          trial.write_json(directory.error(each.id), _described(error))
-        progress.came(each, min(len(waiting), slots) + len(elsewhere))
+          for each in group:
+            if not directory.done(each):
+              trial.write_json(directory.error(each.id), _described(error))
+        progress.came(group, min(len(waiting), slots) + len(elsewhere))
     except BaseException:
       for one in waiting:
         ray.cancel(one)  # a trial that runs gets a SIGINT, and saves
@@ -433,10 +507,15 @@ def _worker_shared() -> trial.Shared:
   return trial.Shared()
 
 
-def _ray_trial(path: Path, one: Trial, failed_before: dict[str, int]) -> bool:
-  """Runs a trial on a worker; False where another process is at work on it."""
+def _ray_group(
+  path: Path, trials: list[Trial], failed_before: dict[str, int], size: int
+) -> list[str]:
+  """Runs trials on a worker; returns the ids of those that another process is at work on."""
   directory = Directory(path)
-  with _ours(directory, one, failed_before) as ours:
+  with contextlib.ExitStack() as locks:
+    ours = [each for each in trials if locks.enter_context(_ours(directory, each, failed_before))]
     if ours:
-      run_trial(directory, one, _worker_shared())
-  return ours or directory.settled(one, failed_before)
+      run_group(directory, ours, _worker_shared(), size)
+  return [
+    each.id for each in trials if each not in ours and not directory.settled(each, failed_before)
+  ]

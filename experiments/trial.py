@@ -14,11 +14,12 @@ A run directory holds
 Where `model.quantize` is False the run is one of 16-bit LoRA, in the same places.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,9 +52,18 @@ from qlora_jax.metrics import METRICS_FILE, MetricsWriter, write_whole
 from qlora_jax.models.attention import most_segments
 from qlora_jax.models.remat import RematPolicy
 from qlora_jax.models.transformer import Transformer, attention_name
-from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.quantization import QuantizationConfig, details
 from qlora_jax.quantized_tensor import is_quantized
-from qlora_jax.train import SignalGuard, TrainState, fit, init_state, make_train_step
+from qlora_jax.train import (
+  Batch,
+  Done,
+  SignalGuard,
+  TrainState,
+  drive,
+  fit_loop,
+  init_state,
+  make_train_step,
+)
 
 T = TypeVar("T")
 
@@ -151,6 +161,13 @@ def prepare_directory(workdir: Path, config: ExperimentConfig) -> None:
     raise RunDirectoryError(f"{workdir}: cannot be written: {error.strerror}") from None
 
 
+def saved_step(workdir: Path) -> int:
+  """The step that a run directory's newest checkpoint is of; 0 without any."""
+  folder = workdir / "checkpoints"
+  names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+  return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def write_json(path: Path, value: Any) -> None:
   """Writes a JSON file as a whole, and the directory that it is in if there is none."""
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,6 +257,31 @@ class Stage:
   measured: dict[str, Any] | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """A training that is ready, whose steps whoever runs the trial takes.
+
+  Attributes:
+    config: of the trial.
+    model: as it trains.
+    frozen: its base.
+    optimizer: of `config`.
+    state: before the next step.
+    loop: what is left of it: see `train.fit_loop`.
+  """
+
+  config: ExperimentConfig
+  model: Transformer
+  frozen: Any
+  optimizer: Any
+  state: TrainState
+  loop: Generator[Batch, Done, None]
+
+
+# A trial, or a part of it: yields each training and is sent the state that it ends with.
+Steps = Generator[Training, TrainState, T]
+
+
 def run_stage(
   config: ExperimentConfig,
   base: Path,
@@ -250,8 +292,13 @@ def run_stage(
   description: str,
   shared: Shared,
   measure: Measure | None = None,
-) -> Stage:
-  """Loads the base, trains adapters on it from the last checkpoint on, evaluates, saves them."""
+  guard: SignalGuard | None = None,
+) -> Steps[Stage]:
+  """Loads the base, has adapters trained on it from the last checkpoint on, evaluates, saves them.
+
+  Args:
+    guard: of a group, whose trials stop together; None for one of its own.
+  """
   started = time.monotonic()
   directory.mkdir(parents=True, exist_ok=True)
   model, frozen, optimizer, state = _start(config, base, quantization, directory, shared, rows)
@@ -305,7 +352,7 @@ def run_stage(
       keep=train.keep_checkpoints,
       base_fingerprint=frozen_name,
     ) as checkpoints,
-    SignalGuard() as guard,
+    SignalGuard() if guard is None else contextlib.nullcontext(guard) as guard,
   ):
     restored = checkpoints.restore(state)
     if restored is not None:
@@ -315,10 +362,8 @@ def run_stage(
     with MetricsWriter(directory, resume_step=resume_step) as writer:
       if restored is None:
         writer.write(0, {"held_out_loss": loss_before})
-      state = fit(
-        state,
-        train_step=_train_step(config, model, optimizer, shared),
-        frozen=frozen,
+      loop = fit_loop(
+        int(state.step),
         batches=batches,
         cfg=train,
         learning_rate=optimizers.schedule(config.optimizer, train.steps),
@@ -328,6 +373,8 @@ def run_stage(
         writer=writer,
         description=description,
       )
+      with contextlib.closing(loop):
+        state = yield Training(config, model, frozen, optimizer, state, loop)
   adapter = directory / "adapter"
   if not adapter.exists():
     save_adapter(adapter, config, base, model, frozen, state, initial)
@@ -344,6 +391,12 @@ def run_stage(
     implementations=_implementations(config, model, frozen),
     measured=(None if measure is None else measure(config, model, frozen, state, rows.held_out)),
   )
+
+
+def train_alone(training: Training, shared: Shared) -> TrainState:
+  """Takes the steps of a training; returns its last state."""
+  step = _train_step(training.config, training.model, training.optimizer, shared)
+  return drive(training.state, step, training.frozen, training.loop)
 
 
 def _train_step(
@@ -615,8 +668,8 @@ def storage(quantization: QuantizationConfig | None) -> str:
   """How a base is stored, in words."""
   if quantization is None:
     return "16 bits"
-  nested = ", double quantization" if quantization.double_quantization else ""
-  return f"{quantization.codebook}, blocks of {quantization.block_size}{nested}"
+  own = details(dataclasses.asdict(quantization))
+  return f"{quantization.codebook}, blocks of {quantization.block_size}{own}"
 
 
 def base_directory(config: ExperimentConfig) -> Path:
@@ -665,12 +718,34 @@ def run(
     RunDirectoryError, ValueError, OSError: see `prepare_directory`, `hf.load`, `data`.
     train.Interrupted, train.NonFiniteLossError: the run can go on from its last checkpoint.
   """
+  shared = Shared(bases=1) if shared is None else shared
+  with contextlib.closing(steps(config, workdir, shared, measure)) as trial:
+    try:
+      training = next(trial)
+      while True:
+        training = trial.send(train_alone(training, shared))
+    except StopIteration as finished:
+      return finished.value
+
+
+def steps(
+  config: ExperimentConfig,
+  workdir: Path,
+  shared: Shared,
+  measure: Measure | None = None,
+  guard: SignalGuard | None = None,
+) -> Steps[dict[str, Any]]:
+  """`run`, with its trainings left to the caller: yields each, and is sent the state it ends with.
+
+  Args:
+    config, workdir, shared, measure: see `run`.
+    guard: of several trials that stop together; None for one of each training's own.
+  """
   prepare_directory(workdir, config)
   path = workdir / "summary.json"
   if path.exists():
     print(f"{workdir}: this run is finished; its table again")
     return read_json(path)
-  shared = Shared(bases=1) if shared is None else shared
   base = base_directory(config)
   rows = shared.once(
     "rows",
@@ -691,25 +766,25 @@ def run(
     quantization: QuantizationConfig | None,
     description: str,
     config: ExperimentConfig = config,
-  ):
-    return dataclasses.asdict(
-      run_stage(
-        config,
-        base,
-        rows,
-        directory,
-        quantization=quantization,
-        description=description,
-        shared=shared,
-        measure=measure,
-      )
+  ) -> Steps[dict[str, Any]]:
+    found = yield from run_stage(
+      config,
+      base,
+      rows,
+      directory,
+      quantization=quantization,
+      description=description,
+      shared=shared,
+      measure=measure,
+      guard=guard,
     )
+    return dataclasses.asdict(found)
 
   full = f"{_bits(config)}-bit LoRA"
   if config.base_quantization is None:
-    summary["lora_16bit"] = stage(workdir, None, full)
+    summary["lora_16bit"] = yield from stage(workdir, None, full)
   else:
-    summary["qlora"] = stage(workdir, config.base_quantization, "QLoRA")
+    summary["qlora"] = yield from stage(workdir, config.base_quantization, "QLoRA")
   if config.train.compare_16bit:
     # Plain, whatever the init: what quantizing cost and an init wins back is measured by it.
     plain = dataclasses.replace(
@@ -718,7 +793,7 @@ def run(
       lora=dataclasses.replace(config.lora, init="lora"),
       train=dataclasses.replace(config.train, compare_16bit=False),
     )
-    summary["lora_16bit"] = stage(workdir / "lora_16bit", None, full, plain)
+    summary["lora_16bit"] = yield from stage(workdir / "lora_16bit", None, full, plain)
   write_json(path, summary)
   return summary
 

@@ -113,19 +113,24 @@ def fastest_remat(
   """
   needed: dict[RematPolicy, int] = {}
   for policy in reversed(REMAT_POLICIES):
-    analysis = make_step(policy).lower(*arguments).compile().memory_analysis()
-    needed[policy] = (
-      analysis.argument_size_in_bytes
-      + analysis.output_size_in_bytes
-      - analysis.alias_size_in_bytes
-      + analysis.temp_size_in_bytes
-    )
+    needed[policy] = step_bytes(make_step(policy).lower(*arguments).compile())
     if needed[policy] <= available:
       return policy, needed
   sizes = ", ".join(f"{policy} {size / 1e9:.2f} GB" for policy, size in needed.items())
   raise ValueError(
     f"remat: no policy fits in {available / 1e9:.2f} GB ({sizes}); lower train.batch_size, "
     "data.seq_len or train.loss_chunk, or set model.mlp_chunk"
+  )
+
+
+def step_bytes(compiled: Any) -> int:
+  """What a compiled step needs: arguments, results and temporaries, by the compiler's account."""
+  analysis = compiled.memory_analysis()
+  return (
+    analysis.argument_size_in_bytes
+    + analysis.output_size_in_bytes
+    - analysis.alias_size_in_bytes
+    + analysis.temp_size_in_bytes
   )
 
 

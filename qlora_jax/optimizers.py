@@ -1,8 +1,11 @@
 """The Optax optimizer of a config. It only ever sees the adapters."""
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from qlora_jax.config import OptimizerConfig
@@ -26,15 +29,30 @@ def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules([rise, decay], [cfg.warmup_steps])
 
 
-def make(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def rates(cfg: OptimizerConfig, steps: int) -> np.ndarray:
+  """`schedule` as a table, `[steps]` float32."""
+  return np.asarray(jax.vmap(schedule(cfg, steps))(jnp.arange(steps)), np.float32)
+
+
+def make(
+  cfg: OptimizerConfig, steps: int, learning_rates: jax.Array | None = None
+) -> optax.GradientTransformation:
   """AdamW with clipping by the global norm, for `steps` optimizer steps.
+
+  Args:
+    cfg: of the optimizer.
+    steps: over which the learning rate decays.
+    learning_rates: `[steps]`, `rates` of another cfg perhaps, in place of cfg's own: data, where a
+      program serves trainings of several rates. The state is of the same structure.
 
   LoRA+ multiplies B's whole update, of its weight decay too, as a group of its own with that
   learning rate would: Hayou et al., LoRA+, 2024, https://arxiv.org/abs/2402.12354.
   """
-  adamw = optax.adamw(
-    schedule(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay
-  )
+  rate = schedule(cfg, steps)
+  if learning_rates is not None:
+    # Past the end there are steps that nobody reads.
+    rate = functools.partial(jnp.take, learning_rates, mode="clip")
+  adamw = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
   parts = [] if cfg.clip_norm is None else [optax.clip_by_global_norm(cfg.clip_norm)]
   parts.append(adamw)
   if cfg.lora_plus_ratio != 1:

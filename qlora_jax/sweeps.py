@@ -221,6 +221,39 @@ def base_identity(config: ExperimentConfig) -> str:
   )
 
 
+# In what the trials of a group may differ: data of their program, no part of it.
+_OF_A_TRIAL = (
+  "name",
+  "seed",
+  "data.seed",
+  "lora.rank",
+  "lora.alpha",
+  "lora.targets",
+  "lora.dropout",
+  "lora.rank_stabilized",
+  "lora.rank_pattern",
+  "lora.alpha_pattern",
+  "optimizer.learning_rate",
+  "optimizer.schedule",
+  "optimizer.warmup_steps",
+)
+
+
+def group_identity(config: ExperimentConfig) -> str:
+  """12 hexadecimal digits that trials have in common which one program can train together.
+
+  Those whose init changes the base have each its own.
+  """
+  own = () if config.lora.changes_base else _OF_A_TRIAL
+  return _digest(
+    {
+      path: functools.reduce(getattr, path.split("."), config)
+      for path in config_lib.fields()
+      if path not in own
+    }
+  )
+
+
 def _digest(values: Mapping[str, Any]) -> str:
   known = config_lib.fields()
   own = {path: value for path, value in values.items() if value != known[path].default}

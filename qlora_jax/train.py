@@ -11,7 +11,7 @@ import functools
 import math
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -148,13 +148,26 @@ def batch_loss(
   )
 
 
+TrainStep = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
+
+
 def make_train_step(
   model: Transformer,
   optimizer: optax.GradientTransformation,
   loss_chunk: int = 1024,
   z_loss: float = 0.0,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-  """Builds the jitted `train_step(state, frozen, batch) → (state, metrics)`.
+) -> TrainStep:
+  """`step_function`, jitted; it donates the state."""
+  return jax.jit(step_function(model, optimizer, loss_chunk, z_loss), donate_argnums=0)
+
+
+def step_function(
+  model: Transformer,
+  optimizer: optax.GradientTransformation,
+  loss_chunk: int = 1024,
+  z_loss: float = 0.0,
+) -> TrainStep:
+  """Builds `train_step(state, frozen, batch) → (state, metrics)`, to be jitted or mapped.
 
   The batch's arrays are `[A, B, T]`: A microbatches, whose gradients are summed and divided
   once by the count of all their targets, so that accumulation is exact for unequal counts
@@ -210,7 +223,7 @@ def make_train_step(
     }
     return new, metrics
 
-  return jax.jit(train_step, donate_argnums=0)
+  return train_step
 
 
 def _keep_if_finite(old: TrainState, new: TrainState, finite: jax.Array) -> TrainState:
@@ -270,7 +283,7 @@ class SignalGuard:
 def fit(
   state: TrainState,
   *,
-  train_step: Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]],
+  train_step: TrainStep,
   frozen: Any,
   batches: BatchSource,
   cfg: TrainConfig,
@@ -298,8 +311,61 @@ def fit(
       last good checkpoint stays.
     Interrupted: a signal came; the state was saved, if there are `checkpoints`.
   """
-  start = int(state.step)
-  pending: tuple[int, Metrics] | None = None
+  loop = fit_loop(
+    int(state.step),
+    batches=batches,
+    cfg=cfg,
+    learning_rate=learning_rate,
+    guard=guard,
+    evaluate=evaluate,
+    checkpoints=checkpoints,
+    writer=writer,
+    description=description,
+  )
+  return drive(state, train_step, frozen, loop)
+
+
+# What a loop is told of a step: the state, and the metrics, each when it asks.
+Done = tuple[Callable[[], TrainState], Callable[[], Mapping[str, Any]]]
+
+
+def drive(
+  state: TrainState, train_step: TrainStep, frozen: Any, loop: Generator[Batch, Done, None]
+) -> TrainState:
+  """Takes the steps that a `fit_loop` wants; returns the state after the last."""
+  try:
+    batch = next(loop)
+    while True:
+      state, metrics = train_step(state, frozen, batch)
+      batch = loop.send((lambda state=state: state, lambda metrics=metrics: metrics))
+  except StopIteration:
+    return state
+
+
+def fit_loop(
+  start: int,
+  *,
+  batches: BatchSource,
+  cfg: TrainConfig,
+  learning_rate: Callable[[int], Any],
+  guard: SignalGuard,
+  evaluate: Callable[[TrainState], float] | None = None,
+  checkpoints: Checkpoints | None = None,
+  writer: MetricsWriter | None = None,
+  description: str = "train",
+) -> Generator[Batch, Done, None]:
+  """All of `fit` but its steps, which whoever drives it takes: of one training, or of several.
+
+  Yields the batch of each step after `start`, and is sent what it came to.
+
+  Args:
+    start: steps that are done.
+    batches, …: see `fit`.
+
+  Raises:
+    NonFiniteLossError, Interrupted: see `fit`.
+  """
+  pending: tuple[int, Callable[[], Mapping[str, Any]]] | None = None
 
   def settle(progress: Progress) -> None:
     nonlocal pending
@@ -307,7 +373,7 @@ def fit(
       return
     step, metrics = pending
     pending = None
-    values = {name: np.asarray(value).item() for name, value in metrics.items()}
+    values = {name: np.asarray(value).item() for name, value in metrics().items()}
     _check(step, values)
     progress.advance(tokens=values["targets"])
     if step % cfg.log_every == 0 or step == cfg.steps:
@@ -319,14 +385,14 @@ def fit(
 
   with Progress(cfg.steps, initial_step=start, description=description) as progress:
     for step in range(start + 1, cfg.steps + 1):
-      state, metrics = train_step(state, frozen, batches.batch(step - 1))
+      state, metrics = yield batches.batch(step - 1)
       settle(progress)
       pending = (step, metrics)
       last = step == cfg.steps
       # Evaluated before it is saved: a run that resumes here has the line already.
       if evaluate is not None and (last or step % cfg.eval_every == 0):
         settle(progress)
-        loss = evaluate(state)
+        loss = evaluate(state())
         _check_finite(step, "held-out loss", loss)
         progress.log({"held-out loss": loss})
         if writer is not None:
@@ -336,7 +402,7 @@ def fit(
       if received is not None or last or step % cfg.checkpoint_every == 0:
         settle(progress)
         if checkpoints is not None:
-          checkpoints.save(step, state)
+          checkpoints.save(step, state())
       if received is not None:
         if checkpoints is not None:
           checkpoints.wait()
@@ -346,7 +412,6 @@ def fit(
   if guard.received is not None:
     # It came while the last checkpoint was written: what would follow this training does not.
     raise Interrupted(guard.received, cfg.steps, saved=checkpoints is not None)
-  return state
 
 
 def _check(step: int, values: Mapping[str, float]) -> None:

@@ -47,17 +47,21 @@ def logits_of(path, adapter=None, **kwargs) -> Any:
   if adapter is not None:
     params, constants, _ = hf.load_adapter(adapter, frozen, model=model)
   tokens = jnp.arange(12)[None]
-  return model.apply({"params": params, "constants": constants, "frozen": frozen}, tokens)
+  variables = {"params": params, "constants": constants, "frozen": frozen}
+  return jax.jit(model.apply)(variables, tokens)
 
 
+@pytest.mark.optimized
 def test_quantize_is_opened_as_it_was_quantized(directory, tmp_path, capsys):
   out = tmp_path / "packed"
-  flags = ("--block_size", 32, "--nested_block_size", 64)
+  flags = ("--block_size", 32, "--nested_block_size", 64, "--rotate", "--outlier_fraction", 0.05)
   status, text, _ = run(capsys, "quantize", directory / "model", out, "--dry_run", *flags)
   assert status == 0 and "would be written" in text and not out.exists()
   status, text, _ = run(capsys, "quantize", directory / "model", out, *flags)
   assert status == 0 and "bits a quantized weight" in text
-  rules = QuantizationConfig(block_size=32, nested_block_size=64)
+  rules = QuantizationConfig(
+    block_size=32, nested_block_size=64, rotate=True, outlier_fraction=0.05
+  )
   np.testing.assert_array_equal(logits_of(out), logits_of(directory / "model", quantization=rules))
   assert (out / "tokenizer.json").exists()
   status, text, _ = run(capsys, "inspect", out)

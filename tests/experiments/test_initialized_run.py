@@ -65,16 +65,16 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(base, tmp_path, monkeypatch):
   cfg = config(base)
   whole = run(cfg, tmp_path / "whole")["qlora"]
 
-  fit, steps = trial.fit, []
+  fit_loop, steps = trial.fit_loop, []
 
-  def stops(state, *, cfg, **rest):
-    steps.append(int(state.step))
+  def stops(start, *, cfg, **rest):
+    steps.append(start)
     if len(steps) == 1:
-      fit(state, cfg=dataclasses.replace(cfg, steps=4), **rest)
+      yield from fit_loop(start, cfg=dataclasses.replace(cfg, steps=4), **rest)
       raise train.Interrupted(15, 4, saved=True)
-    return fit(state, cfg=cfg, **rest)
+    yield from fit_loop(start, cfg=cfg, **rest)
 
-  monkeypatch.setattr(trial, "fit", stops)
+  monkeypatch.setattr(trial, "fit_loop", stops)
   with pytest.raises(train.Interrupted):
     run(cfg, tmp_path / "stopped")
   # What was made is kept: it is not decomposed again.
@@ -162,6 +162,7 @@ def test_the_16bit_stage_is_measured_as_one_of_16_bits(base, tmp_path, monkeypat
 
   def stage(config, *_, quantization, **__):
     configs.append((config, quantization))
+    yield from ()
     return trial.Stage(1, 1, 1, 1, 1, 1, 1, 1, {}, None)
 
   monkeypatch.setattr(trial, "run_stage", stage)

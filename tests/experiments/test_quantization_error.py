@@ -57,6 +57,26 @@ def test_deviations_are_in_standard_errors(report):
     assert row["deviation"] == pytest.approx((row["mse"] - expected) / units)
 
 
+def test_other_scales_and_variants(report):
+  """Rounded scales cost little; against heavy tails a rotation and better scales help."""
+  rows = {row["codebook"]: row for row in report["scales"]}
+  assert rows.keys() == {
+    *(f"{name} bf16" for name in ("nf4", "fp4", "bof4s")),
+    *("nf4 dq", "bof4s dq", "nf4 e8m0"),
+  }
+  plain = {row["codebook"]: row["mse"] for row in report["codebooks"]}
+  assert rows["nf4 bf16"]["mse"] == pytest.approx(plain["nf4"], rel=0.002)
+  assert 1.2 < rows["nf4 e8m0"]["mse"] / plain["nf4"] < 1.6
+  variants = {row["variant"]: row for row in report["variants"]}
+  assert variants.keys() == quantization_error.VARIANTS.keys()
+  nf4 = variants["NF4"]
+  assert variants["rotated"]["student"] < 0.9 * nf4["student"]
+  assert variants["rotated"]["normal"] == pytest.approx(nf4["normal"], rel=0.05)
+  for name in ("scales of least error", "any4"):
+    assert variants[name]["student"] < nf4["student"]
+  assert variants["1% of inputs in 16 bits"]["bits"] > nf4["bits"]
+
+
 def test_the_standard_error_is_that_of_repeated_draws():
   """Of the mean over blocks: what 64 draws of 128 blocks scatter by."""
   draws = [
@@ -95,8 +115,13 @@ def test_the_reference_s_oracle_has_a_row_for_every_name(shared):
   mapped = quantization_error.REFERENCE | quantization_error.BY_BLOCK | quantization_error.SAMPLED
   assert mapped.keys() <= set(codebooks.names())
   for name in mapped:
-    for block_size in quantization_error.BLOCK_SIZES:
+    own = quantization_error.OWN_BLOCK_SIZE.get(name)
+    for block_size in [own] if own else quantization_error.BLOCK_SIZES:
       assert quantization_error.expected_error(oracle, name, block_size), (name, block_size)
+  for names, _, family in quantization_error.SCALES:
+    for name in names:
+      # The oracle has powers of two at 32 and 64 alone.
+      assert quantization_error.expected_error(oracle, name, 64, family), (name, family)
   assert quantization_error.expected_error(oracle, "nf4", 64) == (
     pytest.approx(0.00846, rel=1e-3),
     0,

@@ -209,7 +209,7 @@ def test_list(config, tmp_path, stub, capsys):
   assert f"{trials[1].id}  failed  " in printed and f"{trials[3].id}  finished" in printed
 
 
-@pytest.mark.parametrize("flag", ["--list", "--index=0", "--ray"])
+@pytest.mark.parametrize("flag", ["--list", "--index=0", "--ray", "--group_size=2"])
 def test_flags_of_a_sweep_want_one(tmp_path, capsys, flag):
   plain = write(tmp_path, CONFIG.split("def sweep")[0])
   with pytest.raises(SystemExit):
@@ -223,6 +223,8 @@ def test_flags_of_a_sweep_want_one(tmp_path, capsys, flag):
     (["--index=4"], "--index: 4; the sweep's trials are 0 to 3"),
     (["--index=-1"], "--index: -1; the sweep's trials are 0 to 3"),
     (["--index=x"], "flag --index=x; a number is needed"),
+    (["--group_size=0"], "--group_size: 0; a number of trials, 1 or more, or auto"),
+    (["--group_size=few"], "--group_size: few; a number of trials, 1 or more, or auto"),
     (["--index=1", "--ray"], "--index: with --ray, which runs all trials; give one of the two"),
     (["--index=0", "--list"], "--index: with --list, which names all trials; give one of the two"),
     (["--dry_run", "--ray"], "--dry_run: with --ray, which runs all trials; give one of the two"),
@@ -456,7 +458,7 @@ DEATH = """
 import os, pathlib, signal, sys, threading, time
 
 def arm():
-  while not hasattr(sys.modules.get("experiments.sweep"), "_ray_trial"):
+  while not hasattr(sys.modules.get("experiments.sweep"), "_ray_group"):
     time.sleep(0.01)
   from qlora_jax.checkpoints import Checkpoints
   save = Checkpoints.save
@@ -513,6 +515,7 @@ def test_ray_sends_a_trial_again_whose_worker_died_or_was_stopped(
     ("ablate_full", 9 + 10 * 4 * 9, 1 + 10 * 4),
     ("ablate_rank", 36, 1),
     ("ablate_double_quantization", 54, 18),
+    ("ablate_formats", 36, 12),
     ("ablate_targets", 30, 2),
   ],
 )

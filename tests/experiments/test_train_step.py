@@ -66,7 +66,7 @@ def test_a_toy_row(capsys):
 
 
 def test_a_row_that_fails_says_why():
-  found = train_step._child(["python3", "-c", "int('x')"], {})
+  found = train_step.child(["python3", "-c", "int('x')"], {})
   assert found["error"].startswith("ValueError: invalid literal")
 
 

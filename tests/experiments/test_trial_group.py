@@ -1,0 +1,293 @@
+"""Trials of a sweep that train together: the files, the numbers and the ends of each."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import command_line, run, sweep, trial, trial_group
+from qlora_jax import metrics, sweeps, trial_groups
+
+CONFIG = """
+from qlora_jax.config import defaults
+
+def get_config():
+  config = defaults()
+  config.name = "tiny"
+  config.model.dtype = "float32"
+  config.model.remat = "none"
+  config.pretrain.steps = 2
+  config.pretrain.batch_size = 2
+  config.pretrain.num_documents = 20
+  config.pretrain.hidden_size = 16
+  config.pretrain.intermediate_size = 24
+  config.pretrain.num_layers = 2
+  config.pretrain.max_position_embeddings = 32
+  config.data.synthetic = "manuals"
+  config.data.num_documents = 20
+  config.data.tokenizer = "bytes"
+  config.data.packing = True
+  config.data.seq_len = 32
+  config.optimizer.learning_rate = 1e-2
+  config.optimizer.warmup_steps = 1
+  config.train.steps = 6
+  config.train.batch_size = 2
+  config.train.log_every = 2
+  config.train.eval_every = 6
+  config.train.checkpoint_every = 2
+  config.train.compare_16bit = False
+  return config
+
+def sweep():
+  yield {"lora.rank": 2, "seed": 1}
+  yield {"lora.rank": 4, "seed": 0, "optimizer.learning_rate": 3e-2}
+  yield {"lora.rank": 2, "lora.targets": ["*/attn/q"], "lora.dropout": 0.2}
+"""
+# What one of them becomes when it takes such steps.
+DIVERGES = CONFIG + "  yield {'optimizer.learning_rate': 1e30, 'optimizer.clip_norm': 1.0}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+  path = folder / "tiny.py"
+  path.write_text(text)
+  return path
+
+
+def trials_of(config: Path):
+  trials = command_line.parse(["--config", str(config)]).trials
+  assert trials is not None
+  return trials
+
+
+def main(config: Path, workdir: Path, *flags: str) -> int:
+  return run.main(["--config", str(config), "--workdir", str(workdir), *flags])
+
+
+def summaries(config: Path, workdir: Path) -> list:
+  return [
+    json.loads((workdir / "trials" / each.id / "summary.json").read_text())["qlora"]
+    for each in trials_of(config)
+  ]
+
+
+def files(directory: Path) -> set[str]:
+  """Of a run, but for the names that TensorBoard and Orbax make up."""
+  found = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+  return {
+    path.as_posix() for path in found if path.parts[0] not in ("tensorboard", "checkpoints")
+  } | {str(trial.saved_step(directory))}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+  return write(tmp_path_factory.mktemp("config"), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def together(config, tmp_path_factory) -> Path:
+  workdir = tmp_path_factory.mktemp("together") / "s"
+  assert main(config, workdir, "--group_size=3") == 0
+  return workdir
+
+
+def test_a_group_writes_what_a_single_trial_writes(config, together, tmp_path):
+  """Of the trial that is padded in all ways: rank, targets, dropout."""
+  one = trials_of(config)[2]
+  assert main(config, tmp_path / "s", "--index=2") == 0
+  ours, theirs = (each / "trials" / one.id for each in (together, tmp_path / "s"))
+  assert files(ours) == files(theirs)
+  lines, expected = metrics.read(ours), metrics.read(theirs)
+  assert [sorted(line) for line in lines] == [sorted(line) for line in expected]
+  for line, other in zip(lines, expected, strict=True):
+    for name in ("loss", "held_out_loss", "grad_norm", "learning_rate", "targets"):
+      if name in line:
+        np.testing.assert_allclose(line[name], other[name], rtol=2e-4, err_msg=name)
+  found, wanted = (
+    json.loads((each / "summary.json").read_text())["qlora"] for each in (ours, theirs)
+  )
+  np.testing.assert_allclose(found["loss_after"], wanted["loss_after"], rtol=1e-5)
+  assert found["loss_after"] != found["loss_before"]
+  for name in found.keys() - {"seconds_this_process", "measured", "loss_after", "loss_before"}:
+    assert found[name] == wanted[name], name
+
+
+def test_each_trial_of_a_group_has_a_log_of_its_own(config, together):
+  for one in trials_of(config):
+    log = (together / "trials" / one.id / "log.txt").read_text()
+    assert log.count("QLoRA: step 6/6") == 2  # its loss, and that of the held-out text
+
+
+def test_trials_differ_in_what_is_their_own(config, together):
+  folders = [together / "trials" / one.id / "adapter" for one in trials_of(config)]
+  adapters = [json.loads((each / "adapter_config.json").read_text()) for each in folders]
+  assert [each["r"] for each in adapters] == [2, 4, 2]
+  assert adapters[2]["target_modules"] == ["q_proj"]
+  losses = [each["loss_after"] for each in summaries(config, together)]
+  assert len(set(losses)) == 3
+
+
+def test_one_that_is_not_finite_stops_no_other(config, together, tmp_path, capsys):
+  """The three of `together` and one more: a program of four."""
+  workdir = tmp_path / "s"
+  assert main(write(tmp_path, DIVERGES), workdir, "--group_size=4") == 1
+  printed = capsys.readouterr().out
+  assert "tiny: 0/4 done, 4 running, 0 failed; 4 trials together" in printed
+  assert "3 finished, 1 failed" in printed
+  assert "NonFiniteLossError: step" in printed
+  for ours, theirs in zip(summaries(config, workdir), summaries(config, together), strict=True):
+    np.testing.assert_allclose(ours["loss_after"], theirs["loss_after"], rtol=1e-5)
+
+
+def steps_that(act, monkeypatch) -> None:
+  """Has `act(n)` called ahead of the n-th step of a group."""
+  make, count = trial_groups.make_group_step, [0]
+
+  def make_acting(*arguments):
+    step = make(*arguments)
+
+    def acting(*arguments):
+      count[0] += 1
+      act(count[0])
+      return step(*arguments)
+
+    acting.lower = step.lower
+    return acting
+
+  monkeypatch.setattr(trial_groups, "make_group_step", make_acting)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_all_and_the_same_command_goes_on(config, together, tmp_path, monkeypatch):
+  workdir = tmp_path / "s"
+  with monkeypatch.context() as patch:
+    steps_that(lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 3 else None, patch)
+    assert main(config, workdir, "--group_size=3") == 128 + signal.SIGTERM
+  for one in trials_of(config):
+    assert trial.saved_step(workdir / "trials" / one.id) == 3
+  assert not list(workdir.rglob("error.json"))
+  assert main(config, workdir, "--group_size=3") == 0
+  for ours, theirs in zip(summaries(config, workdir), summaries(config, together), strict=True):
+    assert ours["loss_after"] == theirs["loss_after"]
+  log = (workdir / "trials" / trials_of(config)[0].id / "log.txt").read_text()
+  assert "QLoRA: resumes at step 3 of 6" in log
+
+
+def test_a_killed_group_goes_on_in_other_groups(config, together, tmp_path, monkeypatch):
+  """One trial alone first; the others find it ahead, and at different steps."""
+  workdir, trials = tmp_path / "s", trials_of(config)
+
+  class Killed(BaseException):
+    pass
+
+  def die(n):
+    if n == 4:
+      raise Killed
+
+  with monkeypatch.context() as patch:
+    steps_that(die, patch)
+    with pytest.raises(Killed):
+      main(config, workdir, "--group_size=3")
+  assert {trial.saved_step(workdir / "trials" / each.id) for each in trials} == {2}
+  assert main(config, workdir, "--index=1") == 0
+  ahead = json.loads((workdir / "trials" / trials[1].id / "summary.json").read_text())
+  assert main(config, workdir, "--group_size=3") == 0
+  again = json.loads((workdir / "trials" / trials[1].id / "summary.json").read_text())
+  assert again == ahead
+  for ours, theirs in zip(summaries(config, workdir), summaries(config, together), strict=True):
+    np.testing.assert_allclose(ours["loss_after"], theirs["loss_after"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_trains_alone(config, together, tmp_path, monkeypatch):
+  monkeypatch.setattr(trial_group.memory, "available_bytes", lambda _: 0)
+  monkeypatch.setattr(trial_group, "_train_together", None)
+  assert main(config, tmp_path / "s", "--group_size=3") == 0
+  pairs = zip(summaries(config, tmp_path / "s"), summaries(config, together), strict=True)
+  for ours, theirs in pairs:
+    np.testing.assert_allclose(ours["loss_after"], theirs["loss_after"], rtol=1e-5)
+
+
+def test_a_program_that_fails_fails_its_trials_alone(tmp_path, monkeypatch, capsys):
+  two = (
+    "  yield {'model.quantize': False, 'seed': 1}\n  yield {'model.quantize': False, 'seed': 2}\n"
+  )
+  path = write(tmp_path, CONFIG.split("  yield")[0] + two + "  yield {'lora.rank': 2, 'seed': 1}\n")
+  trained = []
+
+  def fails(members, _):
+    trained.append(len(members))
+    raise RuntimeError("RESOURCE_EXHAUSTED")
+
+  monkeypatch.setattr(trial_group, "_fits", fails)
+  monkeypatch.setattr(sweep, "run_trial", lambda _, one, __: trained.append(one.index))
+  assert main(path, tmp_path / "s", "--group_size=2") == 1
+  assert trained == [2, 2]  # two together, and trial 2
+  printed = capsys.readouterr().out
+  assert printed.count("RuntimeError: RESOURCE_EXHAUSTED") == 4  # as they came, and at the end
+  assert "2 failed" in printed
+
+
+def test_a_group_leaves_out_what_another_process_has(config, tmp_path, monkeypatch):
+  trials, ran = trials_of(config), []
+  monkeypatch.setattr(sweep, "run_group", lambda _, trials, *__: ran.append([*trials]))
+  directory = sweep.prepare("tiny", trials, tmp_path / "s")
+  with directory.lock(trials[1].id):
+    found = sweep.run("tiny", trials, tmp_path / "s", group_size=3)
+  assert ran[0] == [trials[0], trials[2]]
+  assert found.elsewhere == [trials[1]]
+
+
+def test_groups_are_of_like_sizes_steps_and_ranks(tmp_path):
+  """Of what one program serves; a base of its own is a group of its own."""
+  path = write(
+    tmp_path,
+    CONFIG.split("def sweep")[0]
+    + """
+def sweep():
+  for seed in range(3):
+    for rank in (8, 2, 4):
+      yield {"lora.rank": rank, "seed": seed}
+  yield {"lora.rank": 2, "seed": 9, "quantization.block_size": 32}
+  yield {"lora.init": "pissa", "seed": 0}
+  yield {"lora.init": "pissa", "seed": 1}
+  yield {"optimizer.clip_norm": 2.0}
+""",
+  )
+  trials = trials_of(path)
+  directory = sweep.Directory(tmp_path / "s")
+  (directory.trial(trials[0].id) / "checkpoints" / "4").mkdir(parents=True)
+  found = sweep.groups(directory, trials, 4)
+  # Nine, in threes: the one that is ahead of the others stands last.
+  assert [[each.config.lora.rank for each in group] for group in found[:3]] == [
+    [2, 2, 2],
+    [4, 4, 4],
+    [8, 8, 8],
+  ]
+  assert found[2][-1] == trials[0]
+  assert sorted(len(group) for group in found[3:]) == [1, 1, 1, 1]
+  assert sum(map(len, sweep.groups(directory, trials, 1))) == len(trials)
+  assert sweeps.group_identity(trials[0].config) == sweeps.group_identity(trials[4].config)
+
+
+@pytest.mark.slow
+def test_ray_takes_a_group_at_a_time(config, together, tmp_path):
+  pytest.importorskip("ray")
+  workdir = tmp_path / "s"
+  assert main(config, workdir, "--ray", "--group_size=3") == 0
+  for ours, theirs in zip(summaries(config, workdir), summaries(config, together), strict=True):
+    np.testing.assert_allclose(ours["loss_after"], theirs["loss_after"], rtol=1e-5)
+  logs = [path.read_text() for path in workdir.glob("trials/*/log.txt")]
+  assert sum(log.count("QLoRA: step 6/6") for log in logs) == 2 * 3
+
+
+def test_on_a_cpu_trials_run_alone_unless_told(config, tmp_path, monkeypatch):
+  ran = []
+  monkeypatch.setattr(sweep, "run_group", lambda _, trials, *__: ran.append(len(trials)))
+  sweep.run("tiny", trials_of(config), tmp_path / "s")
+  assert set(ran) == {1}
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert trial_group.default_size() == trial_group.MOST_TRIALS

@@ -1,0 +1,65 @@
+"""The benchmark of many trials in one program: its rows, and one at toy size."""
+
+import json
+
+import pytest
+
+from experiments.bench import trial_groups
+
+
+def test_a_row_is_read():
+  row = trial_groups.Row.parse("llama-1b:32x128:elementwise:r8:c256")
+  assert row == trial_groups.Row("llama-1b", 32, 128, "elementwise", rank=8, loss_chunk=256)
+  assert (row.as_batch.batch_size, row.as_batch.seq_len) == (32, 128)
+  one, other = (trial_groups.Row.parse(f"tiny:{n}x128:none") for n in (1, 4))
+  assert one.single == other.single != row.single
+  for text in trial_groups.ROWS:
+    trial_groups.Row.parse(text)
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("tiny:4x32", "no row; MODEL:BxT:REMAT"),
+    ("tiny:4x32:none:r0", "'r0'; behind the row stand :rR and :cC"),
+    ("tiny:4x32:none:16bit", "'16bit'; behind the row"),
+  ],
+)
+def test_what_is_no_row(text, message):
+  with pytest.raises(ValueError, match=message):
+    trial_groups.Row.parse(text)
+
+
+def test_a_line_compares_with_one_trial():
+  found = {
+    "tokens_per_second": 600.0,
+    "tokens_per_second_with_compiling": 90.0,
+    "limit": 0.25,
+    "next": "optimizer",
+    "parts_seconds": {"optimizer": 1.0},
+    "step_seconds": [3.9, 4.0, 4.1],
+    "peak_bytes": 2e9,
+  }
+  single = {"tokens_per_second": 200.0, "tokens_per_second_with_compiling": 10.0}
+  line = trial_groups.line("tiny:4x32:none", found, single)
+  assert (
+    line.split()
+    == (
+      "tiny:4x32:none 600 tok/s 3.00× 9.00× compiled 2.00 GB products 0.25, then optimizer 0.25"
+    ).split()
+  )
+  assert "×" not in trial_groups.line("tiny:4x32:none", found, None)
+  assert "failed: no memory" in trial_groups.line("tiny", {"error": "no memory"}, None)
+
+
+@pytest.mark.slow
+def test_a_toy_group(capsys):
+  assert trial_groups.main(["tiny:3x16:elementwise:r2:c8", "--here"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert len(found["first_losses"]) == 3
+  assert all(b < a for a, b in zip(found["first_losses"], found["last_losses"], strict=True))
+  assert found["least_gradient_norm"] > 0
+  assert found["tokens_per_second_with_compiling"] < found["tokens_per_second"]
+  # Adapters of rank 2 on seven projections of two layers, for each trial.
+  widths = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)
+  assert found["trained_parameters"] == 3 * 2 * 2 * widths

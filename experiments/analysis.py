@@ -17,10 +17,11 @@ from qlora_jax import memory, tree_paths
 from qlora_jax.data import Dataset, evaluation_batches
 from qlora_jax.losses import token_chunks
 from qlora_jax.models.transformer import Transformer
-from qlora_jax.quantization import QuantizationConfig, dequantize, quantize
+from qlora_jax.quantization import QuantizationConfig, dequantize, quantize_by
 from qlora_jax.quantized_tensor import (
   AnyQuantizedTensor,
-  FlatQuantizedTensor,
+  OutlierQuantizedTensor,
+  innermost,
   is_quantized,
   unpack,
 )
@@ -152,16 +153,22 @@ def of_base(
 
 
 def bytes_by_part(frozen: Any) -> dict[str, int]:
-  """Of `codes`, `scales` (zero points with them), `tables`, and what is `not_quantized`."""
+  """Of `codes`, `scales` (zero points and rotations with them), `tables`, and `not_quantized`.
+
+  Outliers are not quantized.
+  """
   parts = {"codes": 0, "scales": 0, "tables": 0, "not_quantized": 0}
   for leaf in jax.tree.leaves(frozen, is_leaf=is_quantized):
     if not is_quantized(leaf):
       parts["not_quantized"] += tree_paths.tree_bytes(leaf)
       continue
-    packed = leaf.flat if isinstance(leaf, FlatQuantizedTensor) else leaf
+    if isinstance(leaf, OutlierQuantizedTensor):
+      parts["not_quantized"] += tree_paths.tree_bytes((leaf.rows, leaf.values))
+      leaf = leaf.inner
+    packed = innermost(leaf)
     parts["codes"] += tree_paths.tree_bytes(packed.codes)
-    parts["scales"] += tree_paths.tree_bytes((packed.scales, packed.zero))
     parts["tables"] += tree_paths.tree_bytes(packed.levels)
+    parts["scales"] += leaf.nbytes - tree_paths.tree_bytes((packed.codes, packed.levels))
   return parts
 
 
@@ -169,7 +176,7 @@ def normal_relative_mse(quantization: QuantizationConfig) -> float:
   """Relative squared error of weights from N(0, 1) under `quantization`, from a million draws."""
   rows = -(-_NORMAL_ROWS // quantization.block_size) * quantization.block_size
   w = jax.random.normal(jax.random.key(0), (rows, _NORMAL_COLUMNS), jnp.float32)
-  packed = quantize(w, **dataclasses.asdict(quantization))
+  packed = quantize_by(w, quantization)
   return float(_moments(w, dequantize(packed))[0])
 
 
@@ -230,8 +237,7 @@ def _moments(w: jax.Array, approximation: jax.Array) -> tuple[jax.Array, jax.Arr
 @jax.jit
 def _histogram(w: AnyQuantizedTensor) -> jax.Array:
   """`[2**bits]`: how many weights have each code."""
-  if isinstance(w, FlatQuantizedTensor):
-    return _histogram(w.flat)
+  w = innermost(w)
   if w.ndim > 2:  # experts
     return jax.vmap(_histogram)(w).sum(0)
   planes = unpack(w.codes, w.bits, w.padding)

@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
   quantize.add_argument(
     "--double_quantization", action=argparse.BooleanOptionalAction, default=True
   )
+  quantize.add_argument("--scale_dtype", default="auto", help="float32, bfloat16, e4m3 or e8m0")
+  quantize.add_argument("--scale_rule", default="auto", help="absmax, mse, …")
+  quantize.add_argument("--outlier_fraction", type=float, default=0.0, help="kept in 16 bits")
+  quantize.add_argument("--rotate", action="store_true", help="by a random Hadamard matrix")
   quantize.add_argument(
     "--dtype",
     choices=("float32", "bfloat16", "float16"),
@@ -147,6 +151,10 @@ def _quantize(arguments: argparse.Namespace) -> None:
     block_size=arguments.block_size,
     double_quantization=arguments.double_quantization,
     nested_block_size=arguments.nested_block_size,
+    scale_dtype=arguments.scale_dtype,
+    scale_rule=arguments.scale_rule,
+    outlier_fraction=arguments.outlier_fraction,
+    rotate=arguments.rotate,
   )
   if arguments.format == "bitsandbytes" and config.codebook not in ("nf4", "fp4"):
     raise ValueError(f"--codebook: {config.codebook!r}; bitsandbytes has nf4 and fp4 alone")

@@ -24,6 +24,7 @@ from experiments.sweep import Directory
 from qlora_jax import config as config_lib
 from qlora_jax import metrics
 from qlora_jax.hf.files import read_json
+from qlora_jax.quantization import details
 
 ALPHA = 1 - statistics.LEVEL
 
@@ -134,8 +135,8 @@ class Base:
     quantization = self.found["quantization"]
     if quantization is None:
       return "16 bits"
-    nested = ", double quantization" if quantization["double_quantization"] else ""
-    return f"{quantization['codebook']}, {quantization['block_size']}{nested}"
+    own = details(quantization)
+    return f"{quantization['codebook']}, {quantization['block_size']}{own}"
 
 
 @dataclasses.dataclass(frozen=True)

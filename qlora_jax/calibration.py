@@ -1,6 +1,6 @@
-"""What some inits ask of the data: whole weights' gradients, and moments of their inputs."""
+"""What some inits and formats ask of the data: weights' gradients, and moments of their inputs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -39,6 +39,48 @@ def weight_gradients(
   """
   microbatches = _microbatches(batches)
   targets = sum(int(each["loss_mask"].sum()) for each in microbatches)
+  found = _sums_of_gradients(model, frozen, cfg, microbatches, loss_chunk, lambda g: g)
+  return {path: total / np.float32(targets) for path, total in found.items()}
+
+
+def fisher_diagonal(
+  model: Transformer, frozen: Any, cfg: LoRAConfig, batches: Iterable[Batch], loss_chunk: int
+) -> dict[str, np.ndarray]:
+  """The mean of squared gradients, (∂ loss of a sequence / ∂ W)², without any adapter.
+
+  The diagonal of the empirical Fisher information: half of Σ F · (Ŵ − W)² estimates what quantizing
+  adds to the loss. It is what `quantize_tree`'s and `bit_budget.rules`'s importance is meant for.
+
+  Args:
+    model, frozen, cfg, batches, loss_chunk: see `weight_gradients`; one sequence at a time.
+
+  Returns:
+    Path of the weight → `[..., K, N]` float32.
+
+  Raises:
+    ValueError: a weight without a gradient, as experts' are.
+
+  References:
+    Kim et al., SqueezeLLM, 2023, https://arxiv.org/abs/2306.07629, section 4.1.
+  """
+  sequences = [
+    {name: x[i : i + 1] for name, x in each.items()}
+    for each in _microbatches(batches)
+    for i in range(len(each["tokens"]))
+  ]
+  found = _sums_of_gradients(model, frozen, cfg, sequences, loss_chunk, np.square)
+  return {path: total / np.float32(len(sequences)) for path, total in found.items()}
+
+
+def _sums_of_gradients(
+  model: Transformer,
+  frozen: Any,
+  cfg: LoRAConfig,
+  microbatches: list[dict[str, jax.Array]],
+  loss_chunk: int,
+  power: Callable[[np.ndarray], np.ndarray],
+) -> dict[str, np.ndarray]:
+  """Path → Σ power(∂ summed loss of a microbatch / ∂ W)."""
   found = {}
   for path in lora.plan(frozen, cfg):
     leaf = lora.base_weight(frozen, path)
@@ -56,10 +98,10 @@ def weight_gradients(
 
     total = np.zeros(w.shape, np.float32)
     for each in microbatches:
-      total += np.asarray(gradient(w, frozen, each))
+      total += power(np.asarray(gradient(w, frozen, each)))
     if not total.any():
       raise ValueError(f"{lora.module(path)}: the loss has no gradient with respect to it")
-    found[path] = total / np.float32(targets)
+    found[path] = total
   return found
 
 
@@ -104,6 +146,11 @@ def second_moments(
       raise ValueError(f"{lora.module(path)}: no dense layer reads it")
     found[path] = total
   return found
+
+
+def input_moments(moments: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Of `second_moments`, what each input weighs by itself: path → `[..., K, 1]`, Σ x²."""
+  return {path: np.diagonal(h, axis1=-2, axis2=-1)[..., None] for path, h in moments.items()}
 
 
 def _microbatches(batches: Iterable[Batch]) -> list[dict[str, jax.Array]]:

@@ -21,7 +21,11 @@ import numpy as np
 
 from qlora_jax import block_optimal
 
-ScaleRule = Literal["absmax", "signed_absmax", "minmax"]
+ScaleRule = Literal["absmax", "signed_absmax", "minmax", "power_of_two"]
+
+# What the scales are stored in, where they are not doubly quantized: "e4m3" is an 8-bit float times
+# a float32 of the whole matrix, "e8m0" a power of two in 8 bits.
+ScaleDtype = Literal["float32", "bfloat16", "e4m3", "e8m0"]
 
 # The widths a code can be packed to.
 CODE_BITS = (2, 3, 4, 8)
@@ -39,24 +43,37 @@ class Codebook:
       has a code for −0 that it uses).
     scale: "absmax", the block's largest magnitude; "signed_absmax", the element of largest
       magnitude with its sign, so that one end of the table is always hit exactly;
-      "minmax", (max − min) / (last − first level) with an integer zero-point in 8 bits.
+      "minmax", (max − min) / (last − first level) with an integer zero-point in 8 bits;
+      "power_of_two", 2^(⌊log₂ absmax⌋ − ⌊log₂ last level⌋), as the OCP's microscaling formats.
     reference: where the table comes from.
+    scale_dtype: of the scales, where no other is asked for.
+    learned: None, or what has a table of its own, learned from its weights: each "matrix", or
+      each output "column" of one. Lloyd's iteration then starts from `levels`, quantiles of the
+      normal distribution, in units of the weights' own spread.
 
   Raises:
     ValueError: levels that are not finite, not ascending, too few or many, or, under "minmax",
-      out of the zero-point's range.
+      out of the zero-point's range, or, under "power_of_two", all at most 0; a learned table that
+      is not full; an unknown rule or dtype.
   """
 
   name: str
   levels: tuple[float, ...]
   scale: ScaleRule = "absmax"
   reference: str = ""
+  scale_dtype: ScaleDtype = "float32"
+  learned: Literal["matrix", "column"] | None = None
 
   def __post_init__(self):
     object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
     if self.scale not in get_args(ScaleRule):
       raise ValueError(
         f"codebook {self.name}: scale {self.scale!r}; one of {', '.join(get_args(ScaleRule))}"
+      )
+    if self.scale_dtype not in get_args(ScaleDtype):
+      raise ValueError(
+        f"codebook {self.name}: scale_dtype {self.scale_dtype!r}; one of "
+        f"{', '.join(get_args(ScaleDtype))}"
       )
     if not 2 <= len(self.levels) <= 256:
       raise ValueError(f"codebook {self.name}: {len(self.levels)} levels; a table has 2 to 256")
@@ -73,6 +90,15 @@ class Codebook:
       raise ValueError(
         f"codebook {self.name}: levels from {self.levels[0]} to {self.levels[-1]}; under "
         "'minmax' they lie in [0, 255], as the zero-point does, a uint8"
+      )
+    if self.scale == "power_of_two" and self.levels[-1] <= 0:
+      raise ValueError(
+        f"codebook {self.name}: last level {self.levels[-1]}; above 0 under 'power_of_two', whose "
+        "exponent is taken from it"
+      )
+    if self.learned and len(self.levels) not in [2**bits for bits in CODE_BITS]:
+      raise ValueError(
+        f"codebook {self.name}: {len(self.levels)} levels to learn; all that a code can name"
       )
 
   @property
@@ -99,6 +125,20 @@ class Codebook:
 
 _REGISTRY: dict[str, Callable[[int | None], Codebook]] = {}
 
+# Names from papers and other frameworks that are left out, and why.
+_REFUSED = {
+  **{
+    f"lloydmax_gauss_{bits}bit": "its scale is a matrix's standard deviation, which no rule here "
+    f"draws; lloyd_max{bits} learns its levels from the weights, bof{bits} is the normal optimum "
+    "under the absmax"
+    for bits in (2, 3, 4)
+  },
+  "int4_asym_floatmin": "a float32 minimum a block costs 24 bits more than a zero-point's 8",
+  "mxfp4_ceil": "the format's exponent is rounded down, as mxfp4 does; codebook e2m1 with "
+  "scale_dtype e8m0 rounds up",
+  "mxfp4_round": "the format's exponent is rounded down, as mxfp4 does",
+}
+
 
 def _register_table(
   name: str, levels: Sequence[float], reference: str, scale: ScaleRule = "absmax"
@@ -121,12 +161,14 @@ def get(name: str, block_size: int | None = None) -> Codebook:
     block_size: for the tables that depend on it; the others ignore it.
 
   Raises:
-    ValueError: an unknown name, with the nearest known one; a block size that a table is not
-      published for.
+    ValueError: an unknown name, with the nearest known one; one that is left out, with the reason;
+      a block size that a table is not published for.
     FileNotFoundError, ValueError: as `load`.
   """
   if name.endswith(".json"):
     return load(name)
+  if name in _REFUSED:
+    raise ValueError(f"codebook {name!r}: not offered; {_REFUSED[name]}")
   if name not in _REGISTRY:
     near = difflib.get_close_matches(name, _REGISTRY, 1, 0.4)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -536,6 +578,44 @@ _register_table(
 )
 
 
+# Formats: a table, a block size and scales of a dtype.
+def _register_format(codebook: Codebook, own_block_size: int) -> None:
+  """A table that is of one block size."""
+
+  def build(block_size: int | None) -> Codebook:
+    if block_size not in (None, own_block_size):
+      raise ValueError(
+        f"codebook {codebook.name!r}: block_size {block_size}; the format's is {own_block_size}"
+      )
+    return codebook
+
+  _REGISTRY[codebook.name] = build
+
+
+_register_format(
+  Codebook(
+    "nvfp4",
+    get("e2m1").levels,
+    "absmax",
+    "NVIDIA, Pretraining Large Language Models with NVFP4, 2025, "
+    "https://arxiv.org/abs/2509.25149: E2M1 in blocks of 16, E4M3 scales times a float32 a matrix",
+    "e4m3",
+  ),
+  16,
+)
+# In the format's own units: its scales are powers of two, which no other multiple of E2M1 keeps.
+_register_format(
+  Codebook(
+    "mxfp4",
+    _mirrored((0.5, 1, 1.5, 2, 3, 4, 6), 1),
+    "power_of_two",
+    "OCP Microscaling Formats 1.0, 2023: E2M1 in blocks of 32, E8M0 scales (section 6.3)",
+    "e8m0",
+  ),
+  32,
+)
+
+
 _register_table(
   "int4_zero_point",
   range(16),
@@ -544,8 +624,8 @@ _register_table(
 )
 
 
-def _equal_mass_medians() -> list[float]:
-  quantiles = [_normal_ppf((i + 0.5) / 16) for i in range(16)]
+def _equal_mass_medians(bins: int) -> list[float]:
+  quantiles = [_normal_ppf((i + 0.5) / bins) for i in range(bins)]
   return [quantile / quantiles[-1] for quantile in quantiles]
 
 
@@ -558,21 +638,47 @@ def _equal_mass_means() -> list[float]:
 
 # What many write-ups call NF4: it has no zero.
 _register_table(
-  "equal_mass16", _equal_mass_medians(), "medians of 16 bins of equal mass under N(0, 1)"
+  "equal_mass16", _equal_mass_medians(16), "medians of 16 bins of equal mass under N(0, 1)"
 )
 _register_table(
   "equal_mass16_means", _equal_mass_means(), "means of 16 bins of equal mass under N(0, 1)"
 )
 
 
+def _register_learned(
+  name: str, bits: int, learned: Literal["matrix", "column"], reference: str
+) -> None:
+  codebook = Codebook(
+    name, tuple(_equal_mass_medians(2**bits)), "absmax", reference, learned=learned
+  )
+  _REGISTRY[name] = lambda _: codebook
+
+
+for _bits in (2, 3, 4):
+  _register_learned(
+    f"lloyd_max{_bits}",
+    _bits,
+    "matrix",
+    "Lloyd, Least Squares Quantization in PCM, 1982; Max, Quantizing for Minimum Distortion, 1960: "
+    "on the matrix's own weights",
+  )
+  _register_learned(
+    f"any{_bits}",
+    _bits,
+    "column",
+    "Elhoushi and Johnson, any4, 2025, https://arxiv.org/abs/2507.04610: a table an output, of its "
+    "own weights (beside the absmax here; the paper's groups have a zero-point)",
+  )
+
+
 def name_of(levels: np.ndarray, block_size: int) -> str | None:
   """The registered name of a table, `[..., 2**bits]`, all of whose rows are alike; else None."""
   for name in names():
     try:
-      table = get(name, block_size).table
+      codebook = get(name, block_size)
     except ValueError:  # There is none for this block size.
       continue
-    if is_table(levels, table):
+    if not codebook.learned and is_table(levels, codebook.table):
       return name
   return None
 

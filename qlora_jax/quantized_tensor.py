@@ -69,6 +69,29 @@ _register(NestedScales, ["codes", "absmax", "offset"], ["block_size"])
 
 
 @dataclasses.dataclass(frozen=True)
+class TwoLevelScales:
+  """Scales of 8-bit floats and one float32: `scale[k, n] = codes[k, n] · factor`, as NVFP4 has.
+
+  Attributes:
+    codes: `[..., K/B, N]` float8_e4m3fn.
+    factor: `[...]` float32, of the whole matrix.
+  """
+
+  codes: jax.Array
+  factor: jax.Array
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the scales that are stood for, `[..., K/B, N]`."""
+    return self.codes.shape
+
+
+_register(TwoLevelScales, ["codes", "factor"], [])
+
+Scales = jax.Array | NestedScales | TwoLevelScales
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
   """A packed weight; `w ≈ (levels[code] − zero) · scale`. Made by `quantize`.
 
@@ -77,8 +100,10 @@ class QuantizedTensor:
 
   Attributes:
     codes: `[..., rows, N]` uint8, packed along K as the module says.
-    scales: `[..., ceil(K / block_size), N]` float32 or bfloat16, or NestedScales.
-    levels: `[..., 2**bits]` float32. Data, not a constant: learned tables, or one a layer.
+    scales: `[..., ceil(K / block_size), N]` float32, bfloat16 or float8_e8m0fnu, or NestedScales,
+      or TwoLevelScales; `restore_scales` gives the numbers.
+    levels: `[..., 2**bits]` float32, or `[..., N, 2**bits]`, a table a column. Data, not a
+      constant: learned tables, or one a layer.
     zero: `[..., ceil(K / block_size), N]`, in units of levels, of zero-point formats.
     bits: of a code: 2, 3, 4 or 8.
     block_size: weights along K that share a scale.
@@ -86,7 +111,7 @@ class QuantizedTensor:
   """
 
   codes: jax.Array
-  scales: "jax.Array | NestedScales"
+  scales: Scales
   levels: jax.Array
   zero: jax.Array | None
   bits: int
@@ -103,6 +128,11 @@ class QuantizedTensor:
   @property
   def ndim(self) -> int:
     return len(self.codes.shape)
+
+  @property
+  def column_tables(self) -> bool:
+    """Whether each column has a table of its own."""
+    return len(self.levels.shape) == self.ndim
 
   @property
   def size(self) -> int:
@@ -174,7 +204,7 @@ class FlatQuantizedTensor:
     return self.flat.block_size
 
   @property
-  def scales(self) -> "jax.Array | NestedScales":
+  def scales(self) -> Scales:
     """Of the flat blocks."""
     return self.flat.scales
 
@@ -186,12 +216,108 @@ class FlatQuantizedTensor:
 
 _register(FlatQuantizedTensor, ["flat"], ["features"])
 
-AnyQuantizedTensor = QuantizedTensor | FlatQuantizedTensor
+
+class _Wrapper:
+  """What is the same of a weight that wraps a packed one."""
+
+  inner: "QuantizedTensor | RotatedQuantizedTensor"
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the weight that is stood for, `[..., K, N]`."""
+    return self.inner.shape
+
+  @property
+  def ndim(self) -> int:
+    return self.inner.ndim
+
+  @property
+  def size(self) -> int:
+    """Weights."""
+    return self.inner.size
+
+  @property
+  def nbytes(self) -> int:
+    """Of all leaves, of what is wrapped and of what is beside it."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+  @property
+  def bits_per_param(self) -> float:
+    """8 · nbytes / size."""
+    return 8 * self.nbytes / self.size
+
+  @property
+  def bits(self) -> int:
+    """Of a code."""
+    return self.inner.bits
+
+  @property
+  def block_size(self) -> int:
+    """Weights that share a scale."""
+    return self.inner.block_size
+
+  @property
+  def scales(self) -> Scales:
+    """Of what is wrapped."""
+    return self.inner.scales
+
+  @property
+  def levels(self) -> jax.Array:
+    """The table."""
+    return self.inner.levels
+
+
+@dataclasses.dataclass(frozen=True)
+class RotatedQuantizedTensor(_Wrapper):
+  """A weight whose K was rotated before it was quantized: `x · W = rotate(x, signs) · inner`.
+
+  See `rotation`, which says what is rotated how.
+
+  Attributes:
+    inner: the rotated weight, packed.
+    signs: `[..., K]` int8, ±1.
+  """
+
+  inner: QuantizedTensor
+  signs: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class OutlierQuantizedTensor(_Wrapper):
+  """A packed weight some of whose K rows are kept in 16 bits (columns, in torch's order).
+
+  `W = inner`, and `inner + values` in the rows: those were zeros when `inner` was quantized, and a
+  table without a zero rounds them to what `values` make up for.
+
+  Attributes:
+    inner: the weight without those rows, packed.
+    rows: `[..., R]` int32, ascending.
+    values: `[..., R, N]` bfloat16.
+  """
+
+  inner: QuantizedTensor | RotatedQuantizedTensor
+  rows: jax.Array
+  values: jax.Array
+
+
+_register(RotatedQuantizedTensor, ["inner", "signs"], [])
+_register(OutlierQuantizedTensor, ["inner", "rows", "values"], [])
+
+AnyQuantizedTensor = (
+  QuantizedTensor | FlatQuantizedTensor | RotatedQuantizedTensor | OutlierQuantizedTensor
+)
 
 
 def is_quantized(x: object) -> bool:
   """For `is_leaf=`: treats a packed weight as one leaf."""
-  return isinstance(x, QuantizedTensor | FlatQuantizedTensor)
+  return isinstance(x, AnyQuantizedTensor)
+
+
+def innermost(w: AnyQuantizedTensor) -> QuantizedTensor:
+  """The codes of a weight, without what is flat about it or wrapped around it."""
+  while not isinstance(w, QuantizedTensor):
+    w = w.flat if isinstance(w, FlatQuantizedTensor) else w.inner
+  return w
 
 
 def plane_rows(k: int, bits: int) -> tuple[int, int, list[int]]:
@@ -280,10 +406,16 @@ def unpack(packed: jax.Array, bits: int, padding: int) -> list[jax.Array]:
   return [part[:, :size] for part, size in zip(parts, sizes, strict=True)]
 
 
-def restore_scales(scales: "jax.Array | NestedScales") -> jax.Array:
-  """`[..., K/B, N]` float32 scales, undoing double quantization."""
+def restore_scales(scales: Scales) -> jax.Array:
+  """`[..., K/B, N]` float32 scales, from whatever they are stored as."""
+  if isinstance(scales, TwoLevelScales):
+    return scales.codes.astype(jnp.float32) * scales.factor[..., None, None]
   if not isinstance(scales, NestedScales):
-    return scales.astype(jnp.float32)
+    if scales.dtype != jnp.float8_e8m0fnu:
+      return scales.astype(jnp.float32)
+    # Its byte is the exponent of a float32. Byte 0, 2^-127, is zero: XLA's CPU backend flushes it.
+    exponent = jax.lax.bitcast_convert_type(scales, jnp.uint8).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(exponent << np.uint32(23), jnp.float32)
   if scales.codes.ndim > 2:
     return jax.vmap(restore_scales)(scales)
   blocks, n = scales.codes.shape

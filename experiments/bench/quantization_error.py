@@ -2,16 +2,19 @@
 
   python -m experiments.bench.quantization_error [--out FILE.json] [--oracle PATH]
 
-First the mean squared error on weights from N(0, 1) of every name in `codebooks.names()`, float32
-scales, by block size, with its standard error (blocks are independent, weights of a block are not).
-All see the same weights, so their deviations go together. Then the relative error in the Frobenius
+First the mean squared error on weights from N(0, 1) of every name in `codebooks.names()`, scales of
+float32 or of the format's own, by block size, with its standard error (blocks are independent,
+weights of a block are not); then with bfloat16, E8M0 and doubly quantized scales. All see the same
+weights, so their deviations go together. Then the relative squared error on normal weights and on
+Student's t of 3 degrees of freedom of what is done beside a table: other scales, learned tables,
+outliers kept in 16 bits, a rotation; in blocks of 64. Then the relative error in the Frobenius
 norm, ‖W′ + s · A · B − W‖ / ‖W‖, of a quantized base without adapters, of LoftQ after one step and
 after five, and of QPiSSA, in blocks of 64, on Gaussian matrices and on ones whose singular values
 are k^-½; by full SVDs, as their definitions have it.
 
 `--oracle` is the path of an `oracle.json` (its schema: shared/reference/quantization.md). Expected
-values and deviations in standard errors then stand beside the first, the oracle's own draws beside
-the second.
+values and deviations in standard errors then stand beside the first two, the oracle's own draws
+beside the last.
 """
 
 import argparse
@@ -31,7 +34,7 @@ import numpy as np
 from qlora_jax import codebooks, dequantize, lora_init, quantize
 from qlora_jax.codebooks import Codebook
 from qlora_jax.lora import Init, LoRAConfig
-from qlora_jax.quantization import QuantizationConfig
+from qlora_jax.quantization import QuantizationConfig, quantize_by
 
 BLOCK_SIZES = (32, 64, 128, 256)
 _SEED = 0
@@ -84,8 +87,43 @@ BY_BLOCK = {
   "bof2s": "bof2s_mse",
 }
 
-# Those with a zero-point, of which the oracle has a Monte Carlo mean alone: ours → the oracle's.
-SAMPLED = {"int4_zero_point": "int4_asym_intzp"}
+# Those of which the oracle has a Monte Carlo mean alone: ours → the oracle's name and scales.
+SAMPLED = {
+  "int4_zero_point": ("int4_asym_intzp", "fp32"),
+  "nvfp4": ("nvfp4", "e4m3+fp32 tensor"),
+  "mxfp4": ("mxfp4_floor", "e8m0"),
+}
+
+# Formats of one block size.
+OWN_BLOCK_SIZE = {"nvfp4": 16, "mxfp4": 32}
+
+# Other scales: codebooks → what is asked of `quantize` → the oracle's name of it. Codes are drawn
+# with the exact scale where bitsandbytes does so.
+_BFLOAT16 = {"double_quantization": False, "scale_dtype": "bfloat16"}
+_E8M0 = {"double_quantization": False, "scale_dtype": "e8m0"}
+_DOUBLE = {"double_quantization": True}
+SCALES: tuple[tuple[tuple[str, ...], dict[str, Any], str], ...] = (
+  (
+    ("nf4", "int4", "fp4", "e2m1", "af4", "bof4", "bof4_mae", "bof4s", "bof4s_mae"),
+    _BFLOAT16,
+    "bf16",
+  ),
+  (("nf4",), _DOUBLE, "dq_bnb_dynamic8_256_encode_fp32"),
+  (("bof4s",), _DOUBLE, "dq_bnb_dynamic8_256"),
+  (("nf4", "e2m1"), _E8M0, "e8m0_ceil"),
+)
+
+# What is done beside a table.
+VARIANTS = {
+  "NF4": {},
+  "scales of least error": {"scale_rule": "mse"},
+  "scales at percentile 98": {"scale_rule": "percentile", "percentile": 98.0},
+  "Lloyd–Max": {"codebook": "lloyd_max4"},
+  "any4": {"codebook": "any4"},
+  "1% of inputs in 16 bits": {"outlier_fraction": 0.01},
+  "rotated": {"rotate": True},
+}
+_VARIANT_COLUMNS = 256
 
 # The columns of the second table: the oracle's name → what it is.
 METHODS = {
@@ -96,43 +134,89 @@ METHODS = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _block_errors(w: jax.Array, codebook: Codebook, block_size: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _block_errors(
+  w: jax.Array, codebook: Codebook, block_size: int, scales: tuple[tuple[str, Any], ...]
+) -> jax.Array:
   """The mean squared error of each block of w `[K, N]`: `[K / block_size, N]`."""
-  packed = quantize(w, codebook=codebook, block_size=block_size, double_quantization=False)
+  packed = quantize(w, codebook=codebook, block_size=block_size, **dict(scales))
   return jnp.square(dequantize(packed) - w).reshape(-1, block_size, w.shape[1]).mean(1)
 
 
-def codebook_error(w: jax.Array, codebook: Codebook, block_size: int) -> tuple[float, float]:
-  """The mean squared error on w `[K, N]`, and its standard error."""
-  blocks = np.asarray(_block_errors(w, codebook, block_size), np.float64)
+def codebook_error(
+  w: jax.Array, codebook: Codebook, block_size: int, scales: dict[str, Any] | None = None
+) -> tuple[float, float]:
+  """The mean squared error on w `[K, N]`, and its standard error.
+
+  Args:
+    scales: arguments of `quantize`; the codebook's own scales where None.
+  """
+  given = scales or {"double_quantization": False}
+  blocks = np.asarray(_block_errors(w, codebook, block_size, tuple(given.items())), np.float64)
   return float(blocks.mean()), float(blocks.std(ddof=1) / math.sqrt(blocks.size))
 
 
-def expected_error(oracle: Any, name: str, block_size: int) -> tuple[float, float] | None:
-  """The oracle's mean squared error and that value's standard error; None where it has no row."""
+def expected_error(
+  oracle: Any, name: str, block_size: int, scales: str | None = None
+) -> tuple[float, float] | None:
+  """The oracle's mean squared error and that value's standard error; None where it has no row.
+
+  Args:
+    scales: the oracle's name of the scales; the codebook's own where None.
+  """
   size = str(block_size)
-  if name in SAMPLED:
-    row = oracle["mc"]["results"][SAMPLED[name]].get(size, {}).get("fp32")
+  if name in SAMPLED or scales:
+    if name in SAMPLED:
+      key, scales = SAMPLED[name]
+    else:
+      key = f"{BY_BLOCK[name]}_{size}" if name in BY_BLOCK else REFERENCE[name]
+    row = oracle["mc"]["results"].get(key, {}).get(size, {}).get(scales)
     return row and (row["mse"], row["mse_se"])
   key = f"{BY_BLOCK[name]}(B-matched)" if name in BY_BLOCK else REFERENCE.get(name)
   row = oracle["analytic"].get(key, {}).get(size)
   return row and (row["mse"], 0.0)
 
 
-def codebook_row(w: jax.Array, name: str, block_size: int, oracle: Any) -> dict[str, Any]:
-  """What is known of a codebook at a block size; `oracle` may be None."""
-  mse, standard_error = codebook_error(w, codebooks.get(name, block_size), block_size)
+def codebook_row(
+  w: jax.Array,
+  name: str,
+  block_size: int,
+  oracle: Any,
+  scales: dict[str, Any] | None = None,
+  family: str | None = None,
+) -> dict[str, Any]:
+  """What is known of a codebook at a block size; `oracle` may be None.
+
+  Args:
+    scales, family: see `SCALES`; of the codebook's own scales None.
+  """
+  mse, standard_error = codebook_error(w, codebooks.get(name, block_size), block_size, scales)
   row: dict[str, Any] = {
-    "codebook": name,
+    "codebook": name if family is None else f"{name} {family.split('_')[0]}",
     "block_size": block_size,
     "mse": mse,
     "standard_error": standard_error,
   }
-  if oracle and (expected := expected_error(oracle, name, block_size)):
+  if oracle and (expected := expected_error(oracle, name, block_size, family)):
     deviation = (mse - expected[0]) / math.hypot(standard_error, expected[1])
     row |= {"expected": expected[0], "deviation": deviation}
   return row
+
+
+def variant_row(name: str, columns: int) -> dict[str, Any]:
+  """Relative squared errors and bits of a variant; on normal weights, and with heavy tails."""
+  how = {"codebook": "nf4", "double_quantization": False} | VARIANTS[name]
+  config = QuantizationConfig(**how)
+  found: dict[str, Any] = {"variant": name}
+  for label, w in (
+    ("normal", jax.random.normal(jax.random.key(_SEED), (_K, columns))),
+    ("student", jax.random.t(jax.random.key(_SEED), 3.0, (_K, columns))),
+  ):
+    packed = quantize_by(w, config)
+    error = np.square(np.asarray(dequantize(packed) - w, np.float64)).sum()
+    found[label] = float(error / np.square(np.asarray(w, np.float64)).sum())
+    found["bits"] = packed.bits_per_param
+  return found
 
 
 def matrix(size: int, spectrum: str, seed: int) -> np.ndarray:
@@ -248,7 +332,11 @@ def main(argv: Sequence[str]) -> int:
     if block_size < 1 or _K % block_size:
       parser.error(f"--block_sizes: {block_size}; a divisor of {_K}")
   # Ahead of all work. Constructed tables take a second each, and are kept.
-  wanted = [(name, size) for name in arguments.codebooks for size in arguments.block_sizes]
+  wanted = [
+    (name, size)
+    for name in arguments.codebooks
+    for size in ([OWN_BLOCK_SIZE[name]] if name in OWN_BLOCK_SIZE else arguments.block_sizes)
+  ]
   for name, block_size in [(name, _INITIALIZED_BLOCK) for name in arguments.initialized] + wanted:
     try:
       codebooks.get(name, block_size)
@@ -264,15 +352,29 @@ def main(argv: Sequence[str]) -> int:
     "seed": _SEED,
     "weights": arguments.weights,
     "codebooks": [],
+    "scales": [],
+    "variants": [],
     "initializations": [],
   }
   print(f"{report['device']}, JAX {report['jax']}, Python {report['python']}")
   print(f"\n{'codebook':22}{'block':>5}{'MSE':>13}{'± s.e.':>10}{'expected':>13}{'in s.e.':>8}")
   w = jax.random.normal(jax.random.key(_SEED), (_K, arguments.weights // _K))
-  for name in arguments.codebooks:
-    for block_size in arguments.block_sizes:
-      report["codebooks"].append(codebook_row(w, name, block_size, oracle))
-      print(codebook_line(report["codebooks"][-1]), flush=True)
+  for name, block_size in wanted:
+    report["codebooks"].append(codebook_row(w, name, block_size, oracle))
+    print(codebook_line(report["codebooks"][-1]), flush=True)
+  print()
+  for names, scales, family in SCALES:
+    for name in (name for name in names if name in arguments.codebooks):
+      for block_size in arguments.block_sizes:
+        row = codebook_row(w, name, block_size, oracle, scales, family)
+        report["scales"].append(row)
+        print(codebook_line(row), flush=True)
+
+  print(f"\n{'':26}{'bits':>8}{'normal':>12}{'Student 3':>12}")
+  for name in VARIANTS:
+    row = variant_row(name, min(_VARIANT_COLUMNS, arguments.weights // _K))
+    report["variants"].append(row)
+    print(f"{name:26}{row['bits']:8.3f}{row['normal']:12.5f}{row['student']:12.5f}", flush=True)
 
   label = f"{arguments.size} × {arguments.size}, rank {arguments.rank}"
   print(f"\n{label:32}" + "".join(f"{method:>16}" for method in METHODS.values()))

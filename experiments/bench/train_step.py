@@ -288,7 +288,7 @@ print(json.dumps({"tokens_per_second": batch * length / statistics.median(second
 """
 
 
-def _child(command: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
+def child(command: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
   """The JSON that a process prints last, or the end of its error."""
   result = subprocess.run(
     command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
@@ -303,7 +303,8 @@ def _child(command: Sequence[str], environment: dict[str, str]) -> dict[str, Any
   return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def _peer(row: Row) -> dict[str, Any]:
+def peer(row: Row) -> dict[str, Any]:
+  """The row in torch with bitsandbytes and PEFT, in a process of its own."""
   for package in ("torch", "bitsandbytes", "peft", "transformers"):
     try:
       importlib.metadata.version(package)
@@ -311,10 +312,11 @@ def _peer(row: Row) -> dict[str, Any]:
       return {"error": f"{package} is not installed"}
   tied = int(row.model in TIED)
   numbers = (*MODELS[row.model], tied, row.batch_size, row.seq_len, _WARM_UP, _GROUPS, _SECONDS)
-  return _child([sys.executable, "-c", PEER, *map(str, numbers)], {})
+  return child([sys.executable, "-c", PEER, *map(str, numbers)], {})
 
 
-def _line(text: str, who: str, found: dict[str, Any]) -> str:
+def line(text: str, who: str, found: dict[str, Any]) -> str:
+  """A row of the table."""
   if "error" in found:
     return f"{text:32} {who:14} failed: {found['error'][:200]}"
   share = f"{found['limit']:.2f}" if "limit" in found else ""
@@ -343,11 +345,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   results, failed = [], False
   for text, row in rows.items():
     command = [sys.executable, "-m", "experiments.bench.train_step", text, "--here"]
-    found = {"ours": _child(command, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"})}
+    found = {"ours": child(command, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"})}
     if arguments.peer and row.quantized:
-      found["peer"] = _peer(row)
+      found["peer"] = peer(row)
     for who, each in found.items():
-      print(_line(text, who, each), flush=True)
+      print(line(text, who, each), flush=True)
     failed |= "error" in found["ours"]
     results.append({"row": text, **found})
     if arguments.out:

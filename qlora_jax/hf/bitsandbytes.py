@@ -19,10 +19,14 @@ from qlora_jax.quantized_tensor import (
   AnyQuantizedTensor,
   FlatQuantizedTensor,
   NestedScales,
+  OutlierQuantizedTensor,
   QuantizedTensor,
+  RotatedQuantizedTensor,
+  innermost,
   is_quantized,
   join_rows,
   pack,
+  restore_scales,
   unpack,
 )
 
@@ -41,10 +45,9 @@ def quant_type(q: AnyQuantizedTensor) -> str:
 
   Raises:
     ValueError: another table, by its name where it is one of ours. bitsandbytes ignores the table
-      in a file and decodes by its own.
+      in a file and decodes by its own. Outliers or a rotation, which its files have no place for.
   """
-  if isinstance(q, FlatQuantizedTensor):
-    q = q.flat
+  q = _codes_of(q)
   levels = np.asarray(q.levels)
   if q.zero is None and q.bits == 4:
     for name in _CODES:
@@ -52,6 +55,13 @@ def quant_type(q: AnyQuantizedTensor) -> str:
         return name
   name = codebooks.name_of(levels, q.block_size) or "a custom table"
   raise ValueError(f"to_bitsandbytes: codebook {name}: bitsandbytes decodes nf4 and fp4 alone")
+
+
+def _codes_of(q: AnyQuantizedTensor) -> QuantizedTensor:
+  if isinstance(q, OutlierQuantizedTensor | RotatedQuantizedTensor):
+    what = "outliers in 16 bits" if isinstance(q, OutlierQuantizedTensor) else "a rotation"
+    raise ValueError(f"to_bitsandbytes: {what} beside the codes; its files have no place for that")
+  return innermost(q)
 
 
 def to_bitsandbytes(q: AnyQuantizedTensor) -> dict[str, np.ndarray]:
@@ -74,8 +84,7 @@ def to_bitsandbytes(q: AnyQuantizedTensor) -> dict[str, np.ndarray]:
   if q.ndim != 2:
     raise ValueError(f"to_bitsandbytes: {list(q.shape)}; one matrix [K, N] at a time")
   kind = quant_type(q)
-  if isinstance(q, FlatQuantizedTensor):
-    q = q.flat
+  q = _codes_of(q)
   _check_block_size("to_bitsandbytes", q.block_size)
   if q.shape[0] % q.block_size and q.shape[1] > 1:
     raise ValueError(
@@ -91,7 +100,7 @@ def to_bitsandbytes(q: AnyQuantizedTensor) -> dict[str, np.ndarray]:
     flat = np.append(flat, zero)
   arrays = {"packed": ((flat[::2] << 4) | flat[1::2])[:, None]}
   if not isinstance(q.scales, NestedScales):
-    return {**arrays, "absmax": np.asarray(q.scales, np.float32).T.reshape(-1)}
+    return {**arrays, "absmax": np.asarray(restore_scales(q.scales)).T.reshape(-1)}
   return {
     **arrays,
     "absmax": np.asarray(q.scales.codes).T.reshape(-1),

@@ -37,11 +37,17 @@ from qlora_jax.quantization import (
   Treatment,
   in_range,
   nest_scales,
-  quantize,
+  quantize_by,
   quantize_tree,
   treatments,
 )
-from qlora_jax.quantized_tensor import NestedScales, is_quantized
+from qlora_jax.quantized_tensor import (
+  NestedScales,
+  OutlierQuantizedTensor,
+  RotatedQuantizedTensor,
+  TwoLevelScales,
+  is_quantized,
+)
 
 _DTYPES = ("bfloat16", "float16", "float32")
 
@@ -345,8 +351,8 @@ def _check_agreement(
     have, want = describe(found[path]), describe(like)
     if isinstance(asked, QuantizationConfig):
       want = f"{asked.codebook}, {want}"
-      table = codebooks.get(asked.codebook, asked.block_size).table
-      same = is_quantized(found[path]) and codebooks.is_table(found[path].levels, table)
+      codebook = codebooks.get(asked.codebook, asked.block_size)
+      same = is_quantized(found[path]) and _is_of(codebook, found[path])
       have = f"{asked.codebook if same else 'another codebook'}, {have}"
     if have != want:
       raise ValueError(
@@ -355,13 +361,26 @@ def _check_agreement(
       )
 
 
+def _is_of(codebook: codebooks.Codebook, leaf: Any) -> bool:
+  """Whether the levels of a packed leaf may be the codebook's: a learned one has its own."""
+  if codebook.learned:
+    return codebooks.name_of(np.asarray(leaf.levels), leaf.block_size) is None
+  return codebooks.is_table(leaf.levels, codebook.table)
+
+
 def describe(leaf: Any) -> str:
   """How a leaf of a base is stored, in words."""
   if not is_quantized(leaf):
     return "16 or 32 bits"
+  if isinstance(leaf, OutlierQuantizedTensor):
+    return f"{describe(leaf.inner)}, {leaf.rows.shape[-1]} inputs in 16 bits"
+  if isinstance(leaf, RotatedQuantizedTensor):
+    return f"{describe(leaf.inner)}, rotated"
   scales = leaf.scales
   if isinstance(scales, NestedScales):
     kind = f"double quantization in blocks of {scales.block_size}"
+  elif isinstance(scales, TwoLevelScales):
+    kind = f"{scales.codes.dtype} scales times {scales.factor.dtype}"
   else:
     kind = f"{scales.dtype} scales"
   return f"{leaf.bits}-bit codes in blocks of {leaf.block_size}, {kind}"
@@ -550,16 +569,13 @@ class _Reader:
   def _by_rows(self, matrix: _Matrix) -> bool:
     """Whether rows of the file can be treated a few at a time.
 
-    Those of a quantized kernel are columns of ours, whose codes depend on each other only where
-    they are drawn with restored scales.
+    Those of a quantized kernel are columns of ours, which most formats treat each by itself.
     """
     treatment = self._treatments[matrix.leaf]
     if self._dtypes[matrix.leaf] is not None:
       return True
     assert isinstance(treatment, QuantizationConfig)
-    codebook = codebooks.get(treatment.codebook, treatment.block_size)
-    restored = treatment.double_quantization and codebook.scale != "absmax"
-    return matrix.leaf.endswith("/kernel") and not restored
+    return matrix.leaf.endswith("/kernel") and treatment.by_columns
 
   def _read_rows(self, rows: _Rows) -> Any:
     name = rows.matrix.name
@@ -651,7 +667,7 @@ class _QuantizedStack(_Stack):
     transposed: bool,
   ):
     like = jax.eval_shape(
-      lambda w: quantize(w, **dataclasses.asdict(config)), jax.ShapeDtypeStruct(shape, jnp.float32)
+      lambda w: quantize_by(w, config), jax.ShapeDtypeStruct(shape, jnp.float32)
     )
     self.value = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
     self._config = config
@@ -682,14 +698,14 @@ class _QuantizedStack(_Stack):
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
 def _write_matrix(stack, rows, index, config, transposed):
   good = in_range(rows).all()
-  one = quantize(rows.T if transposed else rows, **dataclasses.asdict(config))
+  one = quantize_by(rows.T if transposed else rows, config)
   return stacks.put_whole(stack, one, index), good
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnums=4)
 def _write_columns(stack, rows, index, start, config):
   good = in_range(rows).all()
-  one = quantize(rows.T, **dataclasses.asdict(config))
+  one = quantize_by(rows.T, config)
   return _put_columns(stack, one, index, start), good
 
 
@@ -705,8 +721,8 @@ def _put_columns(stack: Any, one: Any, index: tuple, start: Any) -> Any:
 def _write_columns_beside(stack, scales, rows, index, start, config):
   """`_write_columns`, but for the scales, which go to an array of their own."""
   good = in_range(rows).all()
-  one = quantize(rows.T, **dataclasses.asdict(config))
-  assert not isinstance(one.scales, NestedScales)
+  one = quantize_by(rows.T, config)
+  assert isinstance(one.scales, jax.Array)
   scales = stacks.put(scales, one.scales, (), (0, start))
   rest = _put_columns(
     dataclasses.replace(stack, scales=None), dataclasses.replace(one, scales=None), index, start

@@ -26,7 +26,11 @@ from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantized_tensor import (
   FlatQuantizedTensor,
   NestedScales,
+  OutlierQuantizedTensor,
   QuantizedTensor,
+  RotatedQuantizedTensor,
+  Scales,
+  TwoLevelScales,
   is_quantized,
 )
 
@@ -34,7 +38,17 @@ MANIFEST = "qlora_jax.json"
 _FORMAT = 1
 
 # safetensors' names of what a base has.
-_DTYPES = {"U8": np.uint8, **FLOATS}
+_DTYPES = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, **FLOATS}
+
+# Floats of 8 bits are written as the bytes that they are, which safetensors' own reader for NumPy
+# does not know; the manifest says which they are.
+_BYTE_FLOATS = ("float8_e4m3fn", "float8_e8m0fnu")
+
+# What stands around a packed weight: the manifest's word for it, and the arrays beside `inner`.
+_WRAPPERS: dict[str, tuple[Any, tuple[str, ...]]] = {
+  "outliers": (OutlierQuantizedTensor, ("rows", "values")),
+  "rotated": (RotatedQuantizedTensor, ("signs",)),
+}
 
 
 def is_packed(directory: Path) -> bool:
@@ -66,7 +80,7 @@ def save_base(
   with new_directory(path) as directory:
     for leaf, value in tree_paths.leaves(frozen, is_leaf=is_quantized).items():
       file = f"{leaf.replace('/', '.')}.safetensors"
-      arrays = {name or "array": np.asarray(x) for name, x in tree_paths.leaves(value).items()}
+      arrays = {name or "array": _bytes(x) for name, x in tree_paths.leaves(value).items()}
       safetensors.numpy.save_file(arrays, directory / file)
       leaves[leaf] = {"file": file, "shape": list(value.shape), **_statics(value)}
     write_json(directory / "config.json", families.hf_config(model.config, dtype))
@@ -84,6 +98,11 @@ def save_base(
     )
 
 
+def _bytes(x: Any) -> np.ndarray:
+  array = np.asarray(x)
+  return array.view(np.uint8) if array.dtype.name in _BYTE_FLOATS else array
+
+
 def _revision(directory: str | None) -> str | None:
   """The commit of a directory in huggingface_hub's cache, `…/snapshots/COMMIT`."""
   path = Path(directory or "")
@@ -96,11 +115,19 @@ def _statics(value: Any) -> dict[str, Any]:
     return {}
   if isinstance(value, FlatQuantizedTensor):
     return {"features": value.features, **_statics(value.flat)}
+  for wrapper, (kind, _) in _WRAPPERS.items():
+    if isinstance(value, kind):
+      inner = _statics(value.inner)
+      return {**inner, "around": [wrapper, *inner.get("around", [])]}
   statics = {name: getattr(value, name) for name in ("bits", "block_size", "padding")}
   # For readers: the table itself is among the arrays.
   statics["codebook"] = codebooks.name_of(np.asarray(value.levels), value.block_size) or "custom"
   if isinstance(value.scales, NestedScales):
     statics["nested_block_size"] = value.scales.block_size
+  elif isinstance(value.scales, TwoLevelScales):
+    statics["scale_dtype"] = value.scales.codes.dtype.name
+  else:
+    statics["scale_dtype"] = value.scales.dtype.name
   return statics
 
 
@@ -197,17 +224,35 @@ def _leaf(file: Path, entry: dict[str, Any], headers_only: bool) -> Any:
   if features := entry.get("features"):
     arrays = {name.removeprefix("flat/"): x for name, x in arrays.items()}
     return FlatQuantizedTensor(_packed_leaf(file, entry, arrays), features)
-  return _packed_leaf(file, entry, arrays)
+  return _wrapped_leaf(file, entry, arrays, entry.get("around", []))
+
+
+def _wrapped_leaf(
+  file: Path, entry: dict[str, Any], arrays: dict[str, Any], around: list[str]
+) -> Any:
+  if not around:
+    return _packed_leaf(file, entry, arrays)
+  if around[0] not in _WRAPPERS:
+    raise ValueError(f"{file}: stands in {around[0]!r}; this version knows {', '.join(_WRAPPERS)}")
+  kind, names = _WRAPPERS[around[0]]
+  within = {name.removeprefix("inner/"): x for name, x in arrays.items() if name not in names}
+  inner = _wrapped_leaf(file, entry, within, around[1:])
+  try:
+    beside = {name: arrays[name] for name in names}
+  except KeyError as error:
+    raise ValueError(f"{file}: {error} is missing") from None
+  *leading, k, n = inner.shape
+  count = beside["rows"].shape[-1:] if "rows" in beside else ()
+  shapes = {"signs": (k,), "rows": count, "values": (*count, n)}
+  for name, x in beside.items():
+    if tuple(x.shape) != (*leading, *shapes[name]):
+      raise ValueError(f"{file}: {name} {list(x.shape)} beside a weight {list(inner.shape)}")
+  return kind(inner, **beside)
 
 
 def _packed_leaf(file: Path, entry: dict[str, Any], arrays: dict[str, Any]) -> QuantizedTensor:
   try:
-    if nested := entry.get("nested_block_size"):
-      scales = NestedScales(
-        *(arrays[f"scales/{name}"] for name in ("codes", "absmax", "offset")), block_size=nested
-      )
-    else:
-      scales = arrays["scales"]
+    scales = _scales(entry, arrays)
     leaf = QuantizedTensor(
       codes=arrays["codes"],
       scales=scales,
@@ -220,8 +265,31 @@ def _packed_leaf(file: Path, entry: dict[str, Any], arrays: dict[str, Any]) -> Q
   *leading, k, n = leaf.shape
   blocks = -(-k // leaf.block_size)
   fits = tuple(scales.shape) == (*leading, blocks, n) and leaf.levels.shape[-1] == 2**leaf.bits
+  fits = fits and tuple(leaf.levels.shape[:-1]) in (tuple(leading), (*leading, n))
   if isinstance(scales, NestedScales):
     fits = fits and scales.absmax.shape[-1] == -(-blocks * n // scales.block_size)
+  if isinstance(scales, TwoLevelScales):
+    fits = fits and tuple(scales.factor.shape) == tuple(leading)
   if not fits:
     raise ValueError(f"{file}: its arrays do not fit {MANIFEST}, block_size {leaf.block_size}")
   return leaf
+
+
+def _scales(entry: dict[str, Any], arrays: dict[str, Any]) -> Scales:
+  if nested := entry.get("nested_block_size"):
+    return NestedScales(
+      *(arrays[f"scales/{name}"] for name in ("codes", "absmax", "offset")), block_size=nested
+    )
+  if "scales/codes" in arrays:
+    codes = _as_dtype(arrays["scales/codes"], entry["scale_dtype"])
+    return TwoLevelScales(codes, arrays["scales/factor"])
+  # A manifest without the word is of a version that had no others.
+  dtype = entry.get("scale_dtype", "")
+  return _as_dtype(arrays["scales"], dtype) if dtype in _BYTE_FLOATS else arrays["scales"]
+
+
+def _as_dtype(x: Any, dtype: str) -> Any:
+  """Bytes, or a shape of them, as floats of 8 bits."""
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype))
+  return x.view(jnp.dtype(dtype))

@@ -29,7 +29,7 @@ from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantization import (
   QuantizationConfig,
   Treatment,
-  quantize,
+  quantize_by,
   quantize_tree,
   treatments,
 )
@@ -229,7 +229,7 @@ def merge_into_bits(
       leaf = path.replace(f"layers/{part}/", "layers/", 1) if isinstance(part, int) else path
       treatment = chosen[leaf]
       if isinstance(treatment, QuantizationConfig) and tree_paths.is_matrix(path, w):
-        w = quantize(w, **dataclasses.asdict(treatment))
+        w = quantize_by(w, treatment)
       elif treatment is not None and not isinstance(treatment, QuantizationConfig):
         w = w.astype(treatment)
       if isinstance(part, int):

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 # Blocks of 1 MB and more go back to the system when freed, as the large ones of real models do.
-# glibc would keep those of up to 32 MB, as many as chance has it.
-ENVIRONMENT = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+# glibc would keep those of up to 32 MB, as many as chance has it. And much is computed: optimized.
+ENVIRONMENT = os.environ | {
+  "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+  "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+}
 
 
 def anonymous() -> int:

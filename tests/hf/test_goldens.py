@@ -170,6 +170,7 @@ def read_packed(file, name):
   )
 
 
+@pytest.mark.optimized
 def test_base_of_the_bitsandbytes_checkpoint(tiny_llama, golden, packed, imported):
   model, ours = packed
   check(apply(model, imported, golden["input_ids"]), golden["logits_nf4dq"])
@@ -275,6 +276,7 @@ def test_a_bitsandbytes_checkpoint_keeps_its_quantization(tiny_llama):
     hf.load(tiny_llama / "bnb_4bit", QuantizationConfig("fp4"))
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("corpus", "start", "end", "rows", "expected"),

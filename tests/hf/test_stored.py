@@ -22,6 +22,10 @@ from qlora_jax.models import families
 from qlora_jax.models.transformer import Transformer
 from tests.hf import peak_memory
 
+# A part is alike to the bit to its like in the whole, though LLVM may round a product and a sum at
+# once. All of them: to go back and forth for every family would compile more.
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(qlora_jax.__file__).parents[1]
 
 COMMON = {
@@ -108,12 +112,13 @@ def test_logits_are_those_of_the_whole_model(saved):
   _, params, constants = adapter(frozen, dropout=0.5)
   tokens = jax.random.randint(jax.random.key(3), (2, 24), 0, 40)
   variables = {"params": params, "constants": constants, "frozen": frozen}
-  expected: Any = model.apply(variables, tokens)
+  apply: Any = jax.jit(model.apply)
+  expected = apply(variables, tokens)
   found = stored.logits(model, lazy, params, constants, tokens)
   np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(jnp.abs(expected).max()))
   rules = checkpoint.default_rules(QuantizationConfig(block_size=16))
   packed = qlora_jax.quantize_tree(frozen, rules)
-  expected: Any = model.apply({"frozen": packed}, tokens)
+  expected = apply({"frozen": packed}, tokens)
   found = stored.logits(model, packed, {}, {}, tokens)
   np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * float(jnp.abs(expected).max()))
 
@@ -253,7 +258,7 @@ def test_a_merge_needs_the_memory_of_one_part(tmp_path):
   # Of the table, and of the head; a layer has 29 million weights.
   part = 32768 * 1024 * 4
   logits = 4 * 64 * 32768 * 4
-  for name, adapter_name, layers in (("one", "adapter1", 1), ("deep", "adapter2", 16)):
+  for name, adapter_name, layers in (("one", "adapter1", 1), ("deep", "adapter2", 8)):
     raw = {"model_type": "llama", **COMMON, **fields, "num_hidden_layers": layers}
     model = Transformer(families.read_config(raw), jnp.dtype("float32"))
     frozen = random_base(model, jnp.bfloat16)
@@ -267,7 +272,7 @@ def test_a_merge_needs_the_memory_of_one_part(tmp_path):
   )
   peak = int(result.stdout.splitlines()[-1])
   # The check has the head in bfloat16 and cast to float32, and the logits of before and after. The
-  # base is 8 of these parts.
+  # base is 4.5 of these parts.
   bound = 1.75 * part + 2 * logits
   assert peak < bound, peak / bound
 

@@ -4,10 +4,13 @@ Three collections: `frozen` holds the base, `params` the adapters (all that Opta
 `constants` what belongs to an adapter and never trains. A full leaf in `params` at a base
 weight's path takes the weight's place: norms or a head trained in full, or a whole base
 trained from scratch.
+
+`adapt` does the same for any other Linen module, without touching it (see `importing`).
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from qlora_jax import lora
-from qlora_jax.matmul import adapted_matmul, fuses_adapter, manual_axes, quantized_matmul
+from qlora_jax import einsum_layer, importing, lora
+from qlora_jax.adapted_product import FIXED, TRAINED, adapted_product, row, scaling_of
+from qlora_jax.matmul import manual_axes, quantized_matmul, sharded
+from qlora_jax.packed_evaluation import for_all
+from qlora_jax.quantization import Treatment
 from qlora_jax.quantized_tensor import AnyQuantizedTensor
 
 Initializer = Callable[..., jax.Array]
@@ -102,6 +108,7 @@ class QDense(nn.Module):
     dtype: x, and the products' operands, are cast to it; products accumulate in float32.
     output_dtype: of y; `dtype` where None.
     implementation: of `quantized_matmul`.
+    partition: under a mesh, how W is cut (`matmul.sharded`); None leaves it to XLA.
     kernel_init: for `init` alone.
   """
 
@@ -110,6 +117,7 @@ class QDense(nn.Module):
   dtype: DTypeLike = jnp.bfloat16
   output_dtype: DTypeLike | None = None
   implementation: str | None = None
+  partition: sharded.Partition | None = None
   kernel_init: Initializer = nn.initializers.lecun_normal()
 
   @nn.compact
@@ -117,18 +125,56 @@ class QDense(nn.Module):
     """`[..., K] → [..., N]`."""
     x = x.astype(self.dtype)
     output_dtype = self.dtype if self.output_dtype is None else self.output_dtype
-    kernel = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
+    kernel: Any = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
+    partition = self.partition if sharded.serves(kernel) else None
 
     def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+      if partition is not None:
+        y = sharded.sharded_matmul(x, kernel, partition, implementation=self.implementation)
+        return y.astype(dtype)
       if isinstance(kernel, AnyQuantizedTensor):
         return quantized_matmul(x, kernel, implementation=self.implementation).astype(dtype)
       return _matmul(dtype, x, kernel.astype(x.dtype))
 
-    y = _with_adapter(self, x, output_dtype, project, kernel)
+    # Over a mesh the adapter's products are XLA's to share out.
+    fusible = kernel if partition is None else None
+    y = _with_adapter(self, x, output_dtype, project, fusible)
     if self.use_bias:
       bias = plain_weight(self, "bias", nn.initializers.zeros_init(), (self.features,))
-      y = y + _row(bias.astype(output_dtype), y)
+      y = y + row(bias.astype(output_dtype), y)
     return y
+
+
+class QEinsum(nn.Module):
+  """y = einsum(equation, x, W), and the adapter's s · A · B in W if there is one; no bias.
+
+  Its `kernel` is `[..., K, N]`, packed or plain, whatever the order of the axes in the equation
+  (see `einsum_layer`): what is contracted makes K, batches lead, and the rest is N.
+
+  Attributes:
+    equation: x's term first, such as "btd,dnh->btnh".
+    shape: of W, as the equation has it.
+    dtype: x, the products' operands, and y.
+    kernel_init: for `init` alone.
+  """
+
+  equation: str
+  shape: tuple[int, ...]
+  dtype: DTypeLike = jnp.bfloat16
+  kernel_init: Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x and y as the equation has them."""
+    path = "/".join(self.path)
+    layout = einsum_layer.layout(self.equation, self.shape, path)
+    kernel = weight(self, "kernel", self.kernel_init, layout.matrices_shape)
+    params, constants, key = _adapter(self)
+    leading = layout.matrices_shape[:-2]
+    data = {"kernel": kernel, "params": params, "constants": for_all(constants, leading)}
+    if key is not None:
+      data["dropout_key"] = jax.random.split(key, leading)
+    return einsum_layer.product(self.equation, layout, data, x.astype(self.dtype), path)
 
 
 class TiedHead(nn.Module):
@@ -188,18 +234,10 @@ class Embed(nn.Module):
           f"{'/'.join((*self.path, 'lora_a'))}: {a.shape[0]} rows; the model's vocabulary has "
           f"{self.vocab_size}"
         )
-      b, scaling = self.get_variable("params", "lora_b"), _scaling(self)
+      b, fixed = self.get_variable("params", "lora_b"), self.variables.get("constants", {})
+      scaling = scaling_of("/".join(self.path), fixed)
       y = y + lora.apply_lookup(tokens, a, b, scaling, dtype=self.dtype)
     return y if self.scale is None else y * jnp.asarray(self.scale, self.dtype)
-
-
-def _scaling(module: nn.Module) -> jax.Array:
-  if not module.has_variable("constants", "scaling"):
-    raise ValueError(
-      f"{'/'.join(module.path)}: an adapter in params without its scaling in constants; "
-      "pass the constants that lora.init returned with it"
-    )
-  return module.get_variable("constants", "scaling")
 
 
 def _with_adapter(
@@ -209,84 +247,169 @@ def _with_adapter(
   project: Callable[[jax.Array, DTypeLike], jax.Array],
   kernel: Any = None,
 ) -> jax.Array:
-  """y = x · W as the adapter of `module` changes it, if it has one, without the layer's bias.
+  """`adapted_product` with what `module` has in its collections."""
+  params, constants, key = _adapter(module)
+  return adapted_product(
+    x,
+    params,
+    constants,
+    project,
+    dtype=dtype,
+    kernel=kernel,
+    dropout_key=key,
+    implementation=getattr(module, "implementation", None),
+    name="/".join(module.path),
+  )
+
+
+def _adapter(
+  module: nn.Module,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array | None]:
+  """The leaves of its adapter in params and constants, and a key for its dropout if it has one."""
+  params = {
+    name: module.get_variable("params", name)
+    for name in TRAINED
+    if module.has_variable("params", name)
+  }
+  constants = {
+    name: module.get_variable("constants", name)
+    for name in FIXED
+    if module.has_variable("constants", name)
+  }
+  path = "/".join(module.path)
+  if "magnitude" in params and module.has_variable("params", "kernel"):
+    raise ValueError(f"{path}: a DoRA magnitude on a weight trained in full; its norm is not kept")
+  has_key = bool(params) and "dropout" in constants and module.has_rng("dropout")
+  return params, constants, module.make_rng("dropout") if has_key else None
+
+
+# Somebody else's module.
+
+_TREES = ("frozen", "params", "constants")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptedModule:
+  """A Linen module that reads its params packed, with adapters. Holds no arrays.
+
+  Attributes:
+    module: as it was given.
+    function: `importing.Adapted`, of the module's params; it has `layouts`, `left_alone`, `tied`.
+    boxes: the tree of the module's params, with what `nn.with_partitioning` put around them.
+  """
+
+  module: nn.Module
+  function: importing.Adapted
+  boxes: Any
+
+  @property
+  def left_alone(self) -> Mapping[str, str]:
+    """Path → why, of the matrices that are as they were."""
+    return self.function.left_alone
+
+  def report(self, frozen: Any) -> str:
+    """What became of each weight; see `importing.Adapted.report`."""
+    return self.function.report(frozen)
+
+  def apply(
+    self,
+    variables: Mapping[str, Any],
+    *args: Any,
+    dropout_key: jax.Array | None = None,
+    **kwargs: Any,
+  ) -> Any:
+    """What `module.apply` returns, of the weights that the three trees stand for.
+
+    Args:
+      variables: those three, and the module's other collections, such as `batch_stats`.
+      args, kwargs: of `module.apply`: `rngs`, `method` and `mutable` too.
+      dropout_key: of the adapters' dropout; the module's own is in `rngs`.
+
+    Raises:
+      ValueError: see `importing.Adapted.apply`.
+    """
+    trees = {name: tree for name, tree in variables.items() if name in _TREES}
+    others = {name: tree for name, tree in variables.items() if name not in _TREES}
+    return self.function.apply(trees, others, *args, dropout_key=dropout_key, **kwargs)
+
+  def merge(self, variables: Mapping[str, Any]) -> Any:
+    """The module's own params with the adapters added in: its structure, boxes, shapes, dtypes."""
+    return jax.tree.map(
+      lambda box, w: box.replace_boxed(w) if _is_box(box) else w,
+      self.boxes,
+      self.function.merge(variables),
+      is_leaf=_is_box,
+    )
+
+
+def _is_box(x: Any) -> bool:
+  return isinstance(x, nn.meta.AxisMetadata)
+
+
+def adapt(
+  module: nn.Module,
+  variables: Mapping[str, Any],
+  *args: Any,
+  quantize: Mapping[str, Treatment] | None = None,
+  adapters: lora.LoRAConfig | None = None,
+  key: jax.Array | None = None,
+  **kwargs: Any,
+) -> tuple[AdaptedModule, Any, dict, dict]:
+  """Packs the params of any Linen module, and makes adapters for them.
+
+  Whatever multiplies by a param or looks rows up in it is found by tracing `module.apply`: Dense,
+  DenseGeneral, Einsum, Embed, attention, and products that the module writes out itself, in
+  `nn.scan`, `nn.vmap` and `nn.remat`, in shared submodules too. Convolutions are left as they are,
+  and so are recurrent cells, whose products are read anew in every step.
 
   Args:
-    module: whose params hold the adapter.
-    x: `[..., K]`.
-    dtype: of y, `[..., N]`.
-    project: the product with W, in the dtype of what it is given; and the dtype to return.
-    kernel: W; packed, it may be multiplied by with the adapter in it.
+    module, variables: with its `params`, dense.
+    args, kwargs: of one `module.apply`, arrays or shapes; see `importing.adapt`.
+    quantize: path pattern → treatment; paths are those of `variables["params"]`.
+    adapters: which weights get one.
+    key: for the adapters' start.
+
+  Returns:
+    (adapted, frozen, params, constants). `adapted.apply({"frozen": …, "params": …, "constants": …,
+    **others}, *args)` is `module.apply`; an optimizer sees `params` alone.
+
+  Raises:
+    ValueError: see `importing.adapt`.
+
+  >>> adapted, frozen, params, constants = linen.adapt(
+  ...   module, variables, tokens, quantize={"*/kernel": QuantizationConfig()},
+  ...   adapters=LoRAConfig(targets=("*/kernel",)), key=key)
   """
-  trained = [name for name in lora.FACTORS if module.has_variable("params", name)]
-  if not trained:
-    return project(x, dtype)
-  scaling = _scaling(module)
-  fixed = [name for name in lora.FACTORS if module.has_variable("constants", name)]
-  pair = lora.factors(
-    {name: module.get_variable("constants", name) for name in fixed}
-    | {name: module.get_variable("params", name) for name in trained}
-  )
-  if pair is None:
-    raise ValueError(
-      f"{'/'.join((*module.path, trained[0]))}: in params without lora_a and lora_b; pass the "
-      "constants that lora.init returned with it"
+  boxed, others = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+  if taken := [name for name in _TREES if name in others]:
+    raise ValueError(f"{taken[0]}: a collection of the module's own; adapt keeps its trees there")
+  weights = nn.meta.unbox(boxed)
+
+  def function(weights: Any, others: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    return module.apply({**others, "params": weights}, *args, **kwargs)
+
+  cells = set()
+
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, nn.RNNCellBase):
+      cells.add("/".join(context.module.path))
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(note):
+    own, frozen, params, constants = importing.adapt(
+      function,
+      weights,
+      others,
+      *args,
+      quantize=quantize,
+      adapters=adapters,
+      key=key,
+      exclude=lambda path: (
+        "of a recurrent cell" if any(path.startswith(f"{cell}/") for cell in cells) else None
+      ),
+      **kwargs,
     )
-  a, b = pair
-  dropout, key = None, None
-  if module.has_variable("constants", "dropout") and module.has_rng("dropout"):
-    dropout, key = module.get_variable("constants", "dropout"), module.make_rng("dropout")
-  has_magnitude = module.has_variable("params", "magnitude")
-  implementation = getattr(module, "implementation", None)
-  if (
-    isinstance(kernel, AnyQuantizedTensor)
-    and key is None
-    and not has_magnitude
-    and fuses_adapter(x, kernel, a.shape[-1], implementation=implementation)
-  ):
-    y = adapted_matmul(x, kernel, a, b, scaling).astype(dtype)
-  else:
-    y = project(x, dtype)
-    # DoRA multiplies the sum before it is rounded.
-    wide = jnp.float32 if has_magnitude else dtype
-    y = y.astype(wide) + lora.apply(x, a, b, scaling, dropout=dropout, key=key).astype(wide)
-  if has_magnitude:
-    scale = _dora_scale(module, a, b, scaling, project)
-    y = (_row(scale, y) * y.astype(jnp.float32)).astype(dtype)
-  if module.has_variable("params", "lora_bias"):
-    bias = module.get_variable("params", "lora_bias").astype(jnp.float32)
-    y = y + _row((scaling * bias).astype(y.dtype), y)
-  return y
-
-
-def _row(x: jax.Array, like: jax.Array) -> jax.Array:
-  """`[N]` for each row of `like`."""
-  return jax.lax.broadcast_in_dim(x, like.shape, (like.ndim - 1,))
-
-
-def _dora_scale(
-  module: nn.Module,
-  a: jax.Array,
-  b: jax.Array,
-  scaling: jax.Array,
-  project: Callable[[jax.Array, DTypeLike], jax.Array],
-) -> jax.Array:
-  path = "/".join(module.path)
-  if not module.has_variable("constants", "weight_norm"):
-    raise ValueError(
-      f"{path}: a DoRA magnitude in params without its weight_norm in constants; "
-      "pass the constants that lora.init returned with it"
-    )
-  if module.has_variable("params", "kernel"):
-    raise ValueError(f"{path}: a DoRA magnitude on a weight trained in full; its norm is not kept")
-  # In full float32 on every backend: what it is subtracted from may be nearly as large.
-  with jax.default_matmul_precision("highest"):
-    projected = project(jax.lax.stop_gradient(a).T.astype(jnp.float32), jnp.float32)
-  return lora.dora_scale(
-    module.get_variable("params", "magnitude"),
-    module.get_variable("constants", "weight_norm"),
-    projected,
-    a,
-    b,
-    scaling,
+  boxes = jax.tree.map(
+    lambda box: box.replace_boxed(False) if _is_box(box) else False, boxed, is_leaf=_is_box
   )
+  return AdaptedModule(module, own, boxes), frozen, params, constants

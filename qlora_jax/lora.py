@@ -20,6 +20,12 @@ Two variants train less than A and B, which then stand in `constants`: VeRA two 
   y = x · W + s · ((x · A) ⊙ d) · B ⊙ b                  VeRA: A and B random, shared by all layers
   y = x · W + s · x · A · core · B                       LoRA-XS: A and B of W's truncated SVD
 
+QA-LoRA's A `[K/B, r]` has a row for each of the blocks along K that share a scale, whose inputs are
+summed: A's rows are repeated by a constant `pool` `[B]`, all ones. So s · A · B is the same along a
+block, and may be taken off the block's zero-point:
+
+  y = x · W + s · (x · P · A) · B                        QA-LoRA: P `[K, K/B]` sums over blocks
+
 A table `[V, D]` that is looked up has A `[V, r]` and B `[r, D]`: (table + s · A · B)[ids]. A head
 that is tied to the table has its own adapter, as if its kernel, tableᵀ, stood at `head/kernel`;
 neither sees the other's. And a full leaf in `params` at the path of a base weight takes its place.
@@ -40,17 +46,25 @@ from jax.typing import DTypeLike
 
 from qlora_jax import tree_paths
 from qlora_jax.quantization import dequantize
-from qlora_jax.quantized_tensor import is_quantized
+from qlora_jax.quantized_tensor import QuantizedTensor, is_quantized, restore_scales
 from qlora_jax.truncated_svd import STEPS, truncated_svd
 
-Variant = Literal["lora", "dora", "vera", "lora_xs"]
-Init = Literal["lora", "pissa", "olora", "loftq", "lora_ga", "eva"]
+Variant = Literal["lora", "dora", "vera", "lora_xs", "qa_lora"]
+Init = Literal["lora", "pissa", "olora", "loftq", "lora_ga", "cloq", "eva"]
 
-# Inits that take something out of the base, and put it into the adapter.
-_OF_CHANGED_BASE = ("pissa", "olora", "loftq", "lora_ga")
+# Names of the field that are not offered, and why.
+_REFUSED = {
+  "ir_qlora": "it adds a float to each block, searched for the entropy of its codes, which no "
+  "codebook here has, and means of the inputs beside A and B",
+  "apiq": "it trains clipping and adapters of one block of layers after another by gradient; init "
+  "'cloq' solves the least squares of a layer's outputs in closed form",
+}
+
+# Inits that take something out of the base, or make up for what quantizing did to it.
+_OF_CHANGED_BASE = ("pissa", "olora", "loftq", "lora_ga", "cloq")
 
 # The leaves that an adapter's A and B are made of, in params or constants.
-FACTORS = ("lora_a", "lora_b", "core", "vera_d", "vera_b")
+FACTORS = ("lora_a", "lora_b", "core", "vera_d", "vera_b", "pool")
 
 # VeRA's d at the start, and the standard deviation of LoRA-XS's core.
 _VERA_D = 0.1
@@ -85,16 +99,21 @@ class LoRAConfig:
     alpha_pattern: path pattern → alpha.
     variant: lora; dora, Liu et al., 2024, https://arxiv.org/abs/2402.09353; vera, Kopiczko et al.,
       2023, https://arxiv.org/abs/2310.11454 (s = 1, whatever alpha is); lora_xs, Bałazy et al.,
-      2024, https://arxiv.org/abs/2405.17604.
-    init: what A and B start as. lora: A random, B = 0. pissa, olora, loftq, lora_ga: see
+      2024, https://arxiv.org/abs/2405.17604; qa_lora, Xu et al., 2023,
+      https://arxiv.org/abs/2309.14717, algorithm 1, of bases with zero-points: the inputs of a
+      block are summed, as there, not averaged (PEFT multiplies their mean by the number of blocks).
+    init: what A and B start as. lora: A random, B = 0. pissa, olora, loftq, lora_ga, cloq: see
       `lora_init`, whose `initialize` makes base and adapters together. eva: `lora_init.eva`.
     loftq_iterations: of LoftQ, T.
     loftq_ignores_scaling: as PEFT has it: what is made up for is right only where alpha = rank.
     lora_ga_gamma: γ of LoRA-GA, by whose root A and B are divided.
     eva_rho: of EVA: a layer's rank is at most so many times the one it is given.
-    calibration_batches: of training, whose gradient LoRA-GA, and whose activations EVA starts from.
-    svd_iterations: of the randomized SVD that pissa, loftq, lora_ga and lora_xs start with; None
-      for the full decomposition.
+    calibration_batches: of training, whose gradient LoRA-GA, and whose activations EVA and CLoQ
+      start from.
+    cloq_damping: of CLoQ, what is added to the activations' second moment, as a share of the mean
+      of its diagonal.
+    svd_iterations: of the randomized SVD that pissa, loftq, lora_ga, cloq and lora_xs start with;
+      None for the full decomposition.
     lora_bias: whether an adapter has a bias.
     modules_to_save: path patterns of weights, or of layers with all their weights, that are
       trained in full. `head` gives a tied head a kernel of its own.
@@ -120,6 +139,7 @@ class LoRAConfig:
   lora_ga_gamma: float = 16.0
   eva_rho: float = 2.0
   calibration_batches: int = 1
+  cloq_damping: float = 0.01
   svd_iterations: int | None = STEPS
   lora_bias: bool = False
   modules_to_save: tuple[str, ...] = ()
@@ -144,6 +164,8 @@ class LoRAConfig:
       raise ValueError(f"dropout: {self.dropout}; a probability in [0, 1)")
     for name, choices in (("variant", get_args(Variant)), ("init", get_args(Init))):
       value = getattr(self, name)
+      if value in _REFUSED:
+        raise ValueError(f"{name}: {value!r}; not offered: {_REFUSED[value]}")
       if value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -155,12 +177,23 @@ class LoRAConfig:
       raise ValueError(f"lora_ga_gamma: {self.lora_ga_gamma}; a finite number above 0")
     if not (math.isfinite(self.eva_rho) and self.eva_rho >= 1):
       raise ValueError(f"eva_rho: {self.eva_rho}; a finite number, 1 or more")
+    if not (math.isfinite(self.cloq_damping) and self.cloq_damping > 0):
+      raise ValueError(
+        f"cloq_damping: {self.cloq_damping}; a finite number above 0, since inputs may be fewer "
+        "than K"
+      )
     if self.svd_iterations is not None and self.svd_iterations < 1:
       raise ValueError(f"svd_iterations: {self.svd_iterations}; at least 1, or None")
     if self.has_fixed_matrices and self.init != "lora":
       raise ValueError(
         f"init: {self.init!r} with variant {self.variant!r}, whose A and B are fixed by what it is"
       )
+    if self.variant == "qa_lora" and self.init != "lora":
+      raise ValueError(
+        f"init: {self.init!r} with variant 'qa_lora', whose A has a row a block, not one an input"
+      )
+    if self.variant == "qa_lora" and self.lora_bias:
+      raise ValueError("lora_bias: True with variant 'qa_lora': no zero-point takes it up")
 
   @property
   def has_fixed_matrices(self) -> bool:
@@ -197,7 +230,9 @@ def weights(frozen: Any) -> dict[str, Any]:
   """The leaves of a base by path; of a head that is tied, which has none, the shape of one."""
   flat = tree_paths.leaves(frozen, is_leaf=is_quantized)
   if TABLE in flat and HEAD not in flat:
-    flat[HEAD] = jax.ShapeDtypeStruct(flat[TABLE].shape[::-1], flat[TABLE].dtype)
+    table = flat[TABLE]
+    dtype = jnp.float32 if is_quantized(table) else table.dtype
+    flat[HEAD] = jax.ShapeDtypeStruct(table.shape[::-1], dtype)
   return flat
 
 
@@ -216,6 +251,7 @@ def init(key: jax.Array, frozen: Any, cfg: LoRAConfig) -> tuple[dict, dict]:
 
   VeRA: d = 0.1, b = 0; A and B uniform, with bounds √(6 / K) and √(6 / r), as PEFT draws them.
   LoRA-XS: A = V and B = S · Uᵀ of Wᵀ = U · S · Vᵀ, the layer's own; core ~ N(0, 10⁻¹⁰).
+  QA-LoRA: as LoRA, from the same bounds, but A is `[..., K/B, r]`.
 
   Args:
     key: a JAX random key.
@@ -269,6 +305,8 @@ def init(key: jax.Array, frozen: Any, cfg: LoRAConfig) -> tuple[dict, dict]:
       params |= {f"{layer}/lora_a": jnp.zeros(shape_a, jnp.float32), f"{layer}/lora_b": b}
     else:
       bound = 1 / math.sqrt(k)
+      if cfg.variant == "qa_lora":
+        shape_a = (*leading, k // leaf.block_size, rank)
       a = _padded(jax.random.uniform(own, shape_a, jnp.float32, -bound, bound), ranks, -1)
       params |= {f"{layer}/lora_a": a, f"{layer}/lora_b": jnp.zeros(shape_b, jnp.float32)}
     if cfg.lora_bias:
@@ -344,15 +382,15 @@ def constants(frozen: Any, cfg: LoRAConfig) -> dict:
   Returns:
     Nested dicts: below each target's layer `scaling` (float32), `rank` (int32), where cfg.dropout
     > 0 (and not of a lookup) `dropout`, each `[L]` in a stack, else `[]`; for DoRA `weight_norm`,
-    ‖W‖ `[..., N]`, 0 in layers of a stack that are no target. (VeRA's and LoRA-XS's matrices
-    need a key: `init` adds them.)
+    ‖W‖ `[..., N]`, 0 in layers of a stack that are no target; for QA-LoRA `pool` `[..., B]`.
+    (VeRA's and LoRA-XS's matrices need a key: `init` adds them.)
 
   Raises:
     ValueError: see `init`.
   """
   _saved(frozen, cfg)
   fixed = {}
-  for path, (_, ranks, scalings) in plan(frozen, cfg).items():
+  for path, (leaf, ranks, scalings) in plan(frozen, cfg).items():
     values = {
       "scaling": np.asarray(scalings, np.float32),
       "rank": np.asarray(ranks, np.int32),
@@ -362,6 +400,8 @@ def constants(frozen: Any, cfg: LoRAConfig) -> dict:
     stacked = tree_paths.is_stacked(path)
     for name, value in values.items():
       fixed[f"{module(path)}/{name}"] = jnp.asarray(value if stacked else value[0])
+    if cfg.variant == "qa_lora":
+      fixed[f"{module(path)}/pool"] = jnp.ones((*leaf.shape[:-2], leaf.block_size), jnp.float32)
     if cfg.variant == "dora":
       norm = _norm(base_weight(frozen, path))
       if 0 in ranks:
@@ -488,8 +528,11 @@ def plan(frozen: Any, cfg: LoRAConfig) -> dict[str, tuple[Any, list[int], list[f
   for path, own in virtual.items():
     if not targeted.intersection(own):
       continue
-    if cfg.has_fixed_matrices and flat[path].ndim - tree_paths.is_stacked(path) > 2:
+    of_experts = flat[path].ndim - tree_paths.is_stacked(path) > 2
+    if (cfg.has_fixed_matrices or cfg.variant == "qa_lora") and of_experts:
       raise ValueError(f"lora.variant: {cfg.variant!r}; {module(path)}: experts take plain LoRA")
+    if cfg.variant == "qa_lora":
+      _check_zero_point(path, flat[path])
     ranks, scalings = [], []
     for layer in own:
       if layer not in targeted:
@@ -509,6 +552,23 @@ def plan(frozen: Any, cfg: LoRAConfig) -> dict[str, tuple[Any, list[int], list[f
       scalings.append(cfg.scaling(rank, alpha))
     planned[path] = (flat[path], ranks, scalings)
   return planned
+
+
+def _check_zero_point(path: str, w: Any) -> None:
+  """Raises ValueError where QA-LoRA's adapter cannot merge into the weight at `path`."""
+  wanted = "QA-LoRA merges into zero-points: a codebook that has them, such as int4_zero_point"
+  if not isinstance(w, QuantizedTensor):
+    what = f"a {type(w).__name__}" if is_quantized(w) else "not quantized"
+    raise ValueError(
+      f"lora.variant: 'qa_lora'; {module(path)}: {what}; {wanted}, with nothing around it"
+    )
+  if w.zero is None:
+    raise ValueError(f"lora.variant: 'qa_lora'; {module(path)}: no zero-point; {wanted}")
+  if w.shape[-2] % w.block_size:
+    raise ValueError(
+      f"lora.variant: 'qa_lora'; {module(path)}: K = {w.shape[-2]}; a multiple of its "
+      f"block size, {w.block_size}"
+    )
 
 
 def _by_pattern(field: str, patterns: Mapping[str, Any], path: str, default: Any) -> Any:
@@ -531,6 +591,11 @@ def factors(own: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array] | None:
   if "lora_a" not in own or "lora_b" not in own:
     return None
   a, b = own["lora_a"], own["lora_b"]
+  if "pool" in own:
+    # Not x is summed but A repeated: it is the same product, the sums are in float32, and all that
+    # serves a plain adapter serves this one.
+    spread = a[..., :, None, :] * own["pool"][..., None, :, None]
+    a = spread.reshape(*a.shape[:-2], -1, a.shape[-1])
   if "core" in own:
     b = jnp.matmul(own["core"], b, precision=jax.lax.Precision.HIGHEST)
   if "vera_d" in own:
@@ -711,6 +776,50 @@ def merge(
   return merged
 
 
+def merge_zero_points(frozen: Any, params: Any, constants: Any) -> tuple[Any, dict]:
+  """QA-LoRA's adapters merged into float32 zero-points, so that the base stays packed.
+
+  (level − (zero − s · A · B / scale)) · scale = (level − zero) · scale + s · A · B, to float32
+  rounding, with the A of a row for each block.
+
+  Args:
+    frozen, params, constants: as the model reads them, of variant "qa_lora".
+
+  Returns:
+    (frozen, params): the base, and what is left of params: weights that are trained in full.
+
+  Raises:
+    ValueError: an adapter of another variant; a block of zeros, whose scale is 0, with an adapter
+      that is not 0 there. The message names the path.
+
+  References:
+    Xu et al., QA-LoRA, 2023, https://arxiv.org/abs/2309.14717, algorithm 1.
+  """
+  left, fixed = tree_paths.leaves(params), tree_paths.leaves(constants)
+  merged = tree_paths.leaves(frozen, is_leaf=is_quantized)
+  for path, w in merged.items():
+    layer = module(path)
+    if w.ndim < 2 or not any(f"{layer}/{name}" in left for name in FACTORS):
+      continue
+    if f"{layer}/pool" not in fixed:
+      raise ValueError(f"merge_zero_points: {layer}: its adapter is not of variant 'qa_lora'")
+    _check_zero_point(path, w)
+    a, b = (left.pop(f"{layer}/{name}").astype(jnp.float32) for name in ("lora_a", "lora_b"))
+    delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    delta = _leading(fixed[f"{layer}/scaling"], delta) * delta
+    scales = restore_scales(w.scales)
+    if bool(((scales == 0) & (delta != 0)).any()):
+      raise ValueError(
+        f"merge_zero_points: {layer}: a block of zeros has scale 0, and no zero-point changes it"
+      )
+    shift = jnp.where(scales == 0, 0, delta / jnp.where(scales == 0, 1, scales))
+    merged[path] = dataclasses.replace(w, zero=w.zero.astype(jnp.float32) - shift)
+  for path in left:
+    if path.rpartition("/")[2] in FACTORS:
+      raise ValueError(f"merge_zero_points: {path}: the base has no weight there")
+  return tree_paths.nest(merged), tree_paths.nest(left)
+
+
 def _leading(x: jax.Array, like: jax.Array) -> jax.Array:
   """x with axes of 1 added at its end, to go with the leading axes of `like`."""
   return x.reshape(*x.shape, *[1] * (like.ndim - x.ndim))
@@ -721,13 +830,13 @@ def plain(
 ) -> tuple[dict, dict, LoRAConfig]:
   """An adapter of any variant and init as a LoRA (or DoRA) adapter of the original base.
 
-  VeRA's and LoRA-XS's factors are multiplied out, at the same rank. What was trained from A₀, B₀
-  that had been taken out of the base becomes [A, A₀], [B; −B₀] at the same scaling: the change
-  s · (A · B − A₀ · B₀), of twice the rank (at most min(K, N)).
+  VeRA's and LoRA-XS's factors are multiplied out, and QA-LoRA's A is repeated, at the same rank.
+  What was trained from A₀, B₀ that had been taken out of the base becomes [A, A₀], [B; −B₀] at the
+  same scaling: the change s · (A · B − A₀ · B₀), of twice the rank (at most min(K, N)).
 
   On the original dense base W that change is exact: where the base was W − s · A₀ · B₀ without
   rounding, the function is the same. Where it was q(W − s · A₀ · B₀), that function differs by the
-  rounding q(x) − x, which the adapter does not hold: nor does it hold LoftQ's correction of it.
+  rounding q(x) − x, which the adapter does not hold: nor LoftQ's or CLoQ's correction of it.
 
   Args:
     params, constants, cfg: as `init` or `lora_init.initialize` made them, trained.
@@ -746,7 +855,7 @@ def plain(
     )
   if initial is not None and not cfg.changes_base:
     raise ValueError(f"initial: given, and lora.init {cfg.init!r} left the base as it is")
-  if not (cfg.changes_base or cfg.has_fixed_matrices):
+  if not (cfg.changes_base or cfg.has_fixed_matrices or cfg.variant == "qa_lora"):
     return params, constants, cfg
   flat, fixed = tree_paths.leaves(params), tree_paths.leaves(constants)
   start = {} if initial is None else tree_paths.leaves(taken_out(initial, constants, cfg))

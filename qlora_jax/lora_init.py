@@ -5,10 +5,13 @@ From a dense weight W `[K, N]`, with q for quantizing (or rounding to a dtype) a
   pissa   s · A · B is W's truncated SVD, A = U · √(S / s) and B = √(S / s) · Vᵀ
   olora   Wᵀ = Q · R: A = R[:r]ᵀ and B = Q[:, :r]ᵀ
   loftq   T times: W′ = q(W − s · A · B), then s · A · B the truncated SVD of W − W′; from B = 0
+  cloq    s · A · B minimises ‖X · (W − q(W) − s · A · B)‖, X the inputs of some batches (below)
   lora_ga the loss's gradient is G = U · S · Vᵀ: A = c · U[:, :r], B = c · V[:, r:2r]ᵀ, c = ⁴√N / √γ
 
-The base becomes q(W − s · A · B); LoftQ's is its last W′, without the last SVD. So the function at
-step 0 is W's own where q is the identity; with LoftQ, ‖W − W′ − s · A · B‖ is made small.
+The base becomes q(W − s · A · B); LoftQ's is its last W′, without the last SVD, and CLoQ's q(W). So
+the function at step 0 is W's own where q is the identity; with LoftQ, ‖W − W′ − s · A · B‖ is made
+small, with CLoQ that of the outputs: where Rᵀ · R = Xᵀ · X + λ, R · s · A · B is the truncated SVD of
+R · (W − q(W)), and no other of its rank leaves less of ‖X · E‖² + λ‖E‖².
 
 What is trained on such a base fits the original one no longer. `lora.plain` makes an adapter for
 that of it. It is q's error alone that this leaves behind: see there.
@@ -32,7 +35,7 @@ from qlora_jax.quantization import (
   Treatment,
   dequantize,
   in_range,
-  quantize,
+  quantize_by,
   quantize_tree,
   treatments,
 )
@@ -48,6 +51,7 @@ def initialize(
   *,
   storage_dtype: DTypeLike | None = None,
   gradients: Mapping[str, Any] | None = None,
+  moments: Mapping[str, Any] | None = None,
 ) -> tuple[Any, dict, dict]:
   """Makes a base and the adapters that start with a part of it, as `cfg.init` says.
 
@@ -64,13 +68,16 @@ def initialize(
       keeps theirs.
     gradients: of LoRA-GA: by path of the weight, of the loss with respect to it, `[..., K, N]`
       (`calibration.weight_gradients`).
+    moments: of CLoQ: by path of the weight, H = Xᵀ · X of its inputs, `[..., K, K]`, or a multiple
+      (`calibration.second_moments`).
 
   Returns:
     (frozen, params, constants), as `quantize_tree` and `lora.init` give them.
 
   Raises:
-    ValueError: see `quantize_tree` and `lora.init`; LoftQ of a weight that is not quantized; a
-      base that is packed already; a weight that cannot be quantized. The message names the path.
+    ValueError: see `quantize_tree` and `lora.init`; LoftQ or CLoQ of a weight that is not
+      quantized; a base that is packed already; a weight that cannot be quantized; a gradient or a
+      moment that is missing, of another shape or not finite. The message names the path.
 
   References:
     Meng et al., PiSSA, 2024, https://arxiv.org/abs/2404.02948, sections 3 and 4;
@@ -78,6 +85,8 @@ def initialize(
     Li et al., LoftQ, 2023, https://arxiv.org/abs/2310.08659, algorithm 1, where s = 1;
     Wang et al., LoRA-GA, 2024, https://arxiv.org/abs/2407.05000, algorithm 1. (PEFT multiplies its
     B by S[r:2r], and does not scale A.)
+    Deng et al., CLoQ, 2025, https://arxiv.org/abs/2501.18475, whose closed form this is; what is
+    quantized by error feedback there is rounded to nearest here.
   """
   lora.refuse_eva(cfg)
   flat = tree_paths.leaves(dense, is_leaf=is_quantized)
@@ -88,31 +97,34 @@ def initialize(
   # For its checks: that each rule matches, and no two disagree.
   jax.eval_shape(functools.partial(quantize_tree, rules=rules), tree_paths.nest(shapes))
   chosen = treatments(tree_paths.nest(shapes), rules)
-  planned = lora.plan(dense, cfg)
+  # Else `lora.init` makes the adapters, of the base as it is stored.
+  planned = lora.plan(dense, cfg) if cfg.changes_base else {}
   frozen, made = {}, {}
   for path, leaf in flat.items():
     store = _storage(path, leaf, chosen[path], storage_dtype)
     layer = lora.module(path)
-    if path in planned and cfg.changes_base:
+    if path in planned:
       _, ranks, scalings = planned[path]
-      if cfg.init == "loftq" and not isinstance(store, QuantizationConfig):
+      if cfg.init in ("loftq", "cloq") and not isinstance(store, QuantizationConfig):
         raise ValueError(
-          f"lora.init: 'loftq'; {layer} is not quantized: there is no error to make up for"
+          f"lora.init: {cfg.init!r}; {layer} is not quantized: there is no error to make up for"
         )
       gradient = None
       if cfg.init == "lora_ga":
         gradient = _gradient(path, leaf, max(ranks), gradients)
+      moment = _moment(path, leaf, moments) if cfg.init == "cloq" else None
       method = _Method(
         cfg.init,
         max(ranks),
         cfg.lora_ga_gamma,
+        cfg.cloq_damping,
         cfg.loftq_iterations,
         cfg.loftq_ignores_scaling,
         cfg.svd_iterations,
         cfg.variant == "dora",
       )
       own_key = lora.path_key(key, path)
-      parts = _parts(path, leaf, store, method, ranks, scalings, own_key, gradient)
+      parts = _parts(path, leaf, store, method, ranks, scalings, own_key, gradient, moment)
       frozen[path] = parts.pop("base")
       made |= {f"{layer}/{name}": value for name, value in parts.items()}
     elif isinstance(store, QuantizationConfig):
@@ -222,6 +234,21 @@ def _gradient(path: str, leaf: Any, rank: int, gradients: Mapping[str, Any] | No
   return gradients[path]
 
 
+def _moment(path: str, leaf: Any, moments: Mapping[str, Any] | None) -> Any:
+  """CLoQ's of a leaf, checked."""
+  wanted = [*leaf.shape[:-1], leaf.shape[-2]]
+  if moments is None or path not in moments:
+    raise ValueError(
+      f"lora.init: 'cloq'; {path}: its second moment {wanted} is missing in `moments`"
+    )
+  moment = moments[path]
+  if list(moment.shape) != wanted or not np.isfinite(moment).all():
+    raise ValueError(
+      f"lora.init: 'cloq'; {path}: a second moment {list(moment.shape)}; {wanted}, and finite"
+    )
+  return moment
+
+
 def _storage(
   path: str, leaf: Any, treatment: Treatment, storage_dtype: DTypeLike | None
 ) -> QuantizationConfig | np.dtype:
@@ -241,6 +268,7 @@ class _Method:
   init: str
   rank: int
   gamma: float
+  damping: float
   loftq_iterations: int
   loftq_ignores_scaling: bool
   svd_iterations: int | None
@@ -256,6 +284,7 @@ def _parts(
   scalings: list[float] | None = None,
   key: jax.Array | None = None,
   gradient: Any = None,
+  moment: Any = None,
 ) -> dict[str, Any]:
   """The stored base of a leaf, and where there is a method its adapters; stacked as the leaf is."""
   leading = leaf.shape[:-2]
@@ -273,6 +302,7 @@ def _parts(
         jnp.asarray(ranks[layer], jnp.int32),
         jax.random.fold_in(key, np.uint32(number)),
         None if gradient is None else lora.dense_part(gradient, index),
+        None if moment is None else lora.dense_part(moment, index),
         method,
         store,
       )
@@ -291,7 +321,7 @@ def _parts(
 @functools.partial(jax.jit, static_argnums=1)
 def _stored(w: jax.Array, store: QuantizationConfig | np.dtype) -> Any:
   if isinstance(store, QuantizationConfig):
-    return quantize(w, **dataclasses.asdict(store))
+    return quantize_by(w, store)
   return w.astype(store)
 
 
@@ -306,13 +336,14 @@ def _restored(w: Any) -> jax.Array:
   return dequantize(w) if is_quantized(w) else w.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(5, 6))
+@functools.partial(jax.jit, static_argnums=(6, 7))
 def _matrix(
   w: jax.Array,
   scaling: jax.Array,
   rank: jax.Array,
   key: jax.Array,
   gradient: jax.Array | None,
+  moment: jax.Array | None,
   method: _Method,
   store: QuantizationConfig | np.dtype,
 ) -> dict[str, Any]:
@@ -342,6 +373,18 @@ def _matrix(
       _stored(w, store),
     )
     a, b = leading(w - _restored(base))
+  elif method.init == "cloq":
+    assert moment is not None
+    base = _stored(w, store)
+    # H + λ = L · Lᵀ, so that R = Lᵀ. In units of the mean of H's diagonal, which the result does
+    # not depend on; inputs that are all zero leave the SVD of W − q(W).
+    k = len(moment)
+    mean = jnp.trace(moment) / k
+    moment = moment / jnp.where(mean > 0, mean, 1) + method.damping * jnp.eye(k)
+    root = jnp.linalg.cholesky(moment).T
+    error = jnp.matmul(root, w - _restored(base), precision=jax.lax.Precision.HIGHEST)
+    a, b = leading(error)
+    a = jax.scipy.linalg.solve_triangular(root, a)
   else:
     if method.init == "pissa":
       a, b = leading(w)

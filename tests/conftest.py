@@ -14,6 +14,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+# LLVM's optimization is a third of the time of a suite that compiles much and computes little. On a
+# CPU it is left out, in the commands that tests start as well, but where a test is marked
+# `optimized`. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the whole suite with it.
+if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import jax
 import pytest
 
@@ -22,16 +28,28 @@ jax.config.update("jax_num_cpu_devices", 4)
 if "JAX_PLATFORMS" not in os.environ:
   jax.config.update("jax_platforms", "cpu")
 
+_UNOPTIMIZED = jax.config.read("jax_disable_most_optimizations")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Optax needs the standard modes of promotion.
 _STANDARD = (
   "tests/test_train.py",
+  "tests/test_trial_groups.py",
   "tests/test_optimizers.py",
   "tests/test_checkpoints.py",
   "tests/test_readme.py",
   "tests/experiments/",
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures, which compile too
+def pytest_runtest_setup(item):
+  disable = _UNOPTIMIZED and item.get_closest_marker("optimized") is None
+  if jax.config.read("jax_disable_most_optimizations") != disable:
+    jax.config.update("jax_disable_most_optimizations", disable)
+    # The level is not part of what a compiled function is found by.
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax import QuantizationConfig, calibration, lora, quantize_tree, tree_paths
+from qlora_jax import (
+  QuantizationConfig,
+  calibration,
+  dequantize,
+  lora,
+  quantize_tree,
+  tree_paths,
+)
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 from qlora_jax.train import batch_loss
@@ -90,3 +97,35 @@ def test_gradients_are_those_of_the_mean_loss(frozen, packed):
     np.testing.assert_allclose(
       (up - down) / (2 * step), np.linalg.norm(gradient), rtol=1e-2, atol=1e-4
     )
+
+
+def test_the_fisher_diagonal_is_the_mean_of_squares(frozen):
+  """Of gradients of a sequence's loss, one at a time; and an importance for learned levels."""
+  model = Transformer(CONFIG, dtype=jnp.float32)
+  ids = np.random.default_rng(0).integers(0, 20, (2, 2, 9)).astype(np.int32)
+  batch = {"tokens": ids, "targets": (ids * 7 + 3) % 20, "loss_mask": np.ones(ids.shape, bool)}
+  cfg = dataclasses.replace(CFG, targets=("*/attn/q",))
+  found = calibration.fisher_diagonal(model, frozen, cfg, [batch], 16)["layers/attn/q/kernel"]
+  expected = 0
+  for i in range(2):
+    for j in range(2):
+      one = {name: x[i : i + 1, j : j + 1] for name, x in batch.items()}
+      gradient = calibration.weight_gradients(model, frozen, cfg, [one], 16)
+      expected = expected + np.square(9 * gradient["layers/attn/q/kernel"]) / 4
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
+  rules = {"layers/*/attn/q": QuantizationConfig("lloyd_max2", 16)}
+  importance = {"layers/attn/q/kernel": found}
+  weighed, plain = (
+    dequantize(quantize_tree(frozen, rules, importance=each)["layers"]["attn"]["q"]["kernel"])
+    for each in (importance, None)
+  )
+  w = frozen["layers"]["attn"]["q"]["kernel"]
+  assert (found * np.square(weighed - w)).sum() < (found * np.square(plain - w)).sum()
+  with pytest.raises(ValueError, match="layers/mlp/up/kernel: an importance of what is not"):
+    quantize_tree(frozen, rules, importance={"layers/mlp/up/kernel": found})
+
+
+def test_the_inputs_own_moments():
+  h = np.arange(18.0).reshape(2, 3, 3)
+  found = calibration.input_moments({"w": h})["w"]
+  np.testing.assert_array_equal(found, [[[0], [4], [8]], [[9], [13], [17]]])

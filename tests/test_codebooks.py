@@ -62,15 +62,18 @@ def test_levels_are_the_reference_s(name, reference):
   assert (codebooks.get(name).scale == "signed_absmax") == expected["signed_scale"]
 
 
-def test_every_table_but_the_zero_point_one_stands_in_the_reference():
-  assert set(codebooks.names()) == {*REFERENCE, *BY_BLOCK, "int4_zero_point"}
+def test_all_fixed_tables_stand_in_the_reference():
+  """But the zero-point one; formats and learned tables are tested in test_scale_formats.py."""
+  formats = {"nvfp4", "mxfp4"}
+  learned = {f"{kind}{bits}" for kind in ("lloyd_max", "any") for bits in (2, 3, 4)}
+  assert set(codebooks.names()) == {*REFERENCE, *BY_BLOCK, "int4_zero_point", *formats, *learned}
   assert codebooks.get("int4_zero_point").levels == tuple(range(16))
   assert codebooks.get("int4_zero_point").scale == "minmax"
 
 
 @pytest.mark.parametrize("name", codebooks.names())
 def test_table_and_thresholds(name):
-  codebook = codebooks.get(name, 64)
+  codebook = codebooks.get(name, {"nvfp4": 16, "mxfp4": 32}.get(name, 64))
   assert codebook.name == name and codebook.reference
   assert codebook.table.shape == (2**codebook.bits,) and codebook.table.dtype == np.float32
   count = len(codebook.levels)

@@ -64,6 +64,11 @@ EVERYTHING_CHANGED = {
     "double_quantization": False,
     "nested_block_size": 128,
     "scale_dtype": "bfloat16",
+    "scale_rule": "mse",
+    "percentile": 98.0,
+    "outlier_fraction": 0.01,
+    "rotate": True,
+    "rotation_seed": 3,
   },
   "lora": {
     "rank": 4,

@@ -143,6 +143,7 @@ def test_layer_and_merge(cfg, pack, dtype):
   )
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("cfg", CASES.values(), ids=CASES)
 def test_at_the_start_not_a_bit_changes(cfg, dtype):
@@ -170,6 +171,7 @@ def test_the_norm_is_that_of_the_dense_weight(pack, size):
   np.testing.assert_allclose(1 / scale, exact, rtol=2e-6)
 
 
+@pytest.mark.optimized
 def test_a_row_of_zeros_is_the_base():
   # PEFT divides 0 by 0 here.
   w = dense().at[:, [0, 5]].set(0)
@@ -281,6 +283,7 @@ class Scanned(nn.Module):
     return scan(name="layers")(x, None)[0]
 
 
+@pytest.mark.optimized
 def test_scan_and_merge_agree_and_untargeted_layers_stay():
   frozen = stack()
   params, constants = adapter(frozen, STACKED)

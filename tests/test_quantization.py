@@ -28,6 +28,9 @@ from qlora_jax.quantized_tensor import (
   unpack,
 )
 
+# Alike to the bit, though LLVM may round a product and a sum at once.
+pytestmark = pytest.mark.optimized
+
 TINY = np.float32(2.0**-126)
 
 

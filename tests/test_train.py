@@ -145,6 +145,7 @@ def test_accumulation_is_exact_for_unequal_counts(frozen, rows, step):
   assert abs(np.mean(means) - float(metrics_b["loss"])) > 1e-4
 
 
+@pytest.mark.slow
 def test_packed_rows_have_the_loss_and_gradient_of_separate_documents(frozen):
   rng = np.random.default_rng(2)
   documents = rng.integers(0, 64, (6, LENGTH // 3)).tolist()
@@ -157,12 +158,11 @@ def test_packed_rows_have_the_loss_and_gradient_of_separate_documents(frozen):
     batch = data.Batches(rows, len(rows.tokens), seed=0).batch(0)
     batch = {key: batch[key][0] for key in keys}
 
-    @jax.jit
     def loss(params):
       variables = {"params": params, "constants": constants, "frozen": frozen}
       return train.batch_loss(model_of(), variables, batch, 16)
 
-    return jax.value_and_grad(loss)(params)
+    return jax.jit(jax.value_and_grad(loss))(params)
 
   plain = ("tokens", "targets", "loss_mask")
   value, grad = value_and_grad(packed, (*plain, "segment_ids", "positions"))
@@ -187,6 +187,7 @@ def test_loss_falls_on_repeated_data_and_the_base_stays(frozen, rows, step):
   assert_equal(before, frozen)
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_key_the_step_and_the_microbatch(frozen, rows, step):
   one = data.Batches(rows, 2, seed=0).batch(0)
   three = {name: np.repeat(value, 3, axis=0) for name, value in one.items()}
@@ -236,6 +237,7 @@ def test_padding_of_unequal_ranks_stays_zero(frozen, rows):
   assert q["lora_b"][1, 1:].any()
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_with_float32_adapters(frozen, rows):
   optimizer = optimizer_of()
   step = train.make_train_step(model_of(jnp.bfloat16), optimizer, 16)

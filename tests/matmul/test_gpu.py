@@ -300,7 +300,15 @@ def test_leaves_of_other_float_dtypes():
       assert error(y, x, cast) < 1.3 * library_error(x, cast)
 
 
-@pytest.mark.parametrize("kind", [{"scale_dtype": "bfloat16"}, {"nested_block_size": 7}])
+@pytest.mark.parametrize(
+  "kind",
+  [
+    {"scale_dtype": "bfloat16"},
+    {"scale_dtype": "e4m3"},
+    {"scale_dtype": "e8m0"},
+    {"nested_block_size": 7},
+  ],
+)
 def test_other_kinds_of_scales(kind):
   double = "scale_dtype" not in kind
   w = jax.random.normal(jax.random.key(0), (256, 256))

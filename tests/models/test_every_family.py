@@ -112,10 +112,8 @@ def test_generation_with_a_cache_is_the_full_forward_token_by_token(model_type):
         continue
       # One length for all steps: what stands behind a token does not change it, unless rotary
       # frequencies depend on the length.
-      if model.config.rotates_cached_keys:
-        logits = model.apply(variables, jnp.asarray([tokens]))
-      else:
-        logits = full(variables, jnp.asarray([[*tokens, *[0] * (24 - len(tokens))]]))
+      behind = 0 if model.config.rotates_cached_keys else 24 - len(tokens)
+      logits = full(variables, jnp.asarray([[*tokens, *[0] * behind]]))
       assert int(logits[0, len(tokens) - 1].argmax()) == expected, (row, len(tokens))
       tokens.append(expected)
 
@@ -154,14 +152,19 @@ def test_adapters_reach_every_projection_live_and_merged(model_type):
   params = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype), params)
   tokens = jnp.asarray(rng.integers(1, 32, (2, 12)))
 
-  def logits(params, frozen=frozen):
+  @jax.jit
+  def logits(params, frozen):
     return model.apply({"params": params, "constants": constants, "frozen": frozen}, tokens)
 
+  @jax.jit
+  def live_and_gradients(params, frozen):
+    live, transposed = jax.vjp(lambda params: logits(params, frozen), params)
+    return live, transposed(2 * live / live.size)[0]  # of the mean of squares
+
   merged = lora.merge(frozen, params, constants)
-  live = logits(params)
+  live, gradients = live_and_gradients(params, frozen)
   scale = float(jnp.abs(live).max())
   np.testing.assert_allclose(logits({}, merged), live, rtol=0, atol=1e-4 * scale)
-  gradients = jax.grad(lambda params: jnp.square(logits(params)).mean())(params)
   for path, gradient in tree_paths.leaves(gradients).items():
     assert bool(jnp.isfinite(gradient).all()) and float(jnp.abs(gradient).max()) > 0, path
 
@@ -177,8 +180,9 @@ def test_a_router_stays_dense_and_experts_are_packed():
   tokens = jnp.asarray(np.random.default_rng(0).integers(1, 32, (2, 50)))
   variables = {"params": {}, "constants": {}, "frozen": packed}
   dense = {**variables, "frozen": lora.merge(packed, {}, {})}
-  expected = model.apply(dense, tokens)
-  np.testing.assert_allclose(model.apply(variables, tokens), expected, rtol=0, atol=1e-4)
+  apply: Any = jax.jit(model.apply)
+  expected = apply(dense, tokens)
+  np.testing.assert_allclose(apply(variables, tokens), expected, rtol=0, atol=1e-4)
 
 
 def test_experts_are_what_a_loop_over_tokens_gives():

@@ -219,6 +219,7 @@ def test_init_makes_a_frozen_base_and_nothing_to_train():
   assert float(jnp.abs(q[0] - q[1]).max()) > 0.1  # each layer has its own draw
 
 
+@pytest.mark.optimized
 def test_a_fresh_adapter_changes_not_a_bit():
   frozen, tokens = packed_base(), tokens_of(2, 9)
   params, constants = lora.init(jax.random.key(0), frozen, lora.LoRAConfig())
@@ -228,6 +229,7 @@ def test_a_fresh_adapter_changes_not_a_bit():
   np.testing.assert_array_equal(base, adapted)
 
 
+@pytest.mark.optimized
 def test_a_full_leaf_in_params_takes_the_weights_place():
   dense, tokens = dense_base(CONFIG), tokens_of(1, 9)
   other = jax.tree.map(lambda w: 1.1 * w + 0.05, dense)
@@ -241,6 +243,7 @@ def test_a_full_leaf_in_params_takes_the_weights_place():
     assert float(jnp.abs(ours - apply({"frozen": packed_base()}, tokens)).max()) > 0.01
 
 
+@pytest.mark.optimized
 def test_hidden_then_logits_is_the_model():
   variables, tokens = variables_of(), tokens_of(2, 9)
   apply = compiled()
@@ -389,6 +392,7 @@ def test_half_precision_is_close_and_its_logits_are_float32(dtype):
   assert (np.asarray(logits.astype(dtype).astype(jnp.float32)) != np.asarray(logits)).any()
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_values_nor_gradients_and_keeps_less():
   variables, tokens = variables_of(), tokens_of(4, 64)
 
@@ -410,6 +414,7 @@ def test_remat_changes_neither_values_nor_gradients_and_keeps_less():
   assert less < 0.7 * kept
 
 
+@pytest.mark.optimized
 def test_dropout_only_with_a_key():
   variables, tokens = variables_of(dropout=0.5), tokens_of(2, 12)
   apply = compiled()

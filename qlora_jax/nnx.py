@@ -1,0 +1,363 @@
+"""Flax NNX: somebody else's module over packed weights, and drop-in layers for new ones.
+
+Types of variables tell the trees apart: `Frozen` holds the base (no `nnx.Param` filter catches it),
+`nnx.LoRAParam` all that is trained, `Constant` what belongs to an adapter and never trains. So
+`nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)` and `nnx.DiffState(0, nnx.LoRAParam)` see the adapters
+alone.
+
+`adapt` takes any module apart and runs it as it is (see `importing`); `QLinear` and `QEinsum` are
+layers of our own.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from qlora_jax import einsum_layer, importing, lora
+from qlora_jax.adapted_product import adapted_product, row
+from qlora_jax.lora import LoRAConfig
+from qlora_jax.matmul import quantized_matmul
+from qlora_jax.packed_evaluation import for_all
+from qlora_jax.quantization import QuantizationConfig, Treatment, quantize_tree
+from qlora_jax.quantized_tensor import is_quantized
+
+Initializer = Callable[..., jax.Array]
+
+_INIT = nnx.initializers.lecun_normal()
+
+
+class Frozen(nnx.Variable):
+  """A weight of the base: an array or a QuantizedTensor. Never trained."""
+
+
+class Constant(nnx.Variable):
+  """What belongs to an adapter and never trains: its scaling, rank, dropout rate."""
+
+
+def _variables(tree: Any, kind: Callable[[Any], nnx.Variable]) -> Any:
+  """A tree of dicts with a variable for each leaf."""
+  if isinstance(tree, Mapping):
+    return {str(name): _variables(each, kind) for name, each in tree.items()}
+  return kind(tree)
+
+
+def _values(tree: Any) -> Any:
+  """The inverse of `_variables`."""
+  if isinstance(tree, nnx.Variable):
+    return tree.get_value()
+  return {name: _values(each) for name, each in tree.items()}
+
+
+class Adapted(nnx.Module):
+  """Any NNX module, over packed weights and with adapters; made by `adapt`.
+
+  `__call__` is the module's, traced anew in each call: put an `nnx.jit` around a step. `eval()`,
+  `train()` and the like reach the module.
+
+  Attributes:
+    module: as it was given, with a Frozen variable, packed or not, in the place of each Param. Its
+      other variables (batch statistics, caches, random streams) are what a call reads and writes.
+    adapters: LoRAParams. Weights that are trained in full are among them.
+    constants: Constants.
+    function: `importing.Adapted`, of the module's Params; it has `layouts`, `left_alone`, `tied`.
+  """
+
+  def __init__(
+    self, function: importing.Adapted, module: nnx.Module, frozen: Any, params: Any, constants: Any
+  ):
+    self.function = nnx.static(function)
+    graph, weights, others = nnx.split(nnx.clone(module), nnx.Param, ...)
+    nnx.replace_by_pure_dict(weights, frozen)
+    weights = jax.tree.map(lambda each: Frozen(each.get_value()), weights, is_leaf=_is_variable)
+    self.module: Any = nnx.merge(graph, weights, others)
+    self.adapters = nnx.data(_variables(params, nnx.LoRAParam))
+    self.constants = nnx.data(_variables(constants, Constant))
+
+  def __call__(
+    self,
+    *args: Any,
+    method: str = "__call__",
+    dropout_key: jax.Array | None = None,
+    **kwargs: Any,
+  ) -> Any:
+    """What the module returns; what it writes into its own variables is kept.
+
+    Args:
+      args, kwargs: of the module's method. Arrays are traced; all else is as it is.
+      method: of the module.
+      dropout_key: of the adapters' dropout; the module's own has its streams.
+
+    Raises:
+      ValueError: see `importing.Adapted.apply`.
+    """
+    graph, _, others = nnx.split(self.module, Frozen, ...)
+    out, changed = self.function.apply(
+      self._trees(), graph, others, method, *args, dropout_key=dropout_key, **kwargs
+    )
+    nnx.update(self.module, changed)
+    return out
+
+  def merge(self, into: nnx.Module) -> None:
+    """Writes the weights with their adapters added in, in their own dtypes, into other Params.
+
+    Args:
+      into: a module like that which was adapted.
+    """
+    state = nnx.state(into, nnx.Param)
+    nnx.replace_by_pure_dict(state, self.function.merge(self._trees()))
+    nnx.update(into, state)
+
+  def report(self) -> str:
+    """What became of each weight; see `importing.Adapted.report`."""
+    return self.function.report(self._trees()["frozen"])
+
+  def _trees(self) -> dict[str, Any]:
+    return {
+      "frozen": nnx.to_pure_dict(nnx.state(self.module, Frozen)),
+      "params": _values(self.adapters),
+      "constants": _values(self.constants),
+    }
+
+
+def _is_variable(x: Any) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
+def adapt(
+  model: nnx.Module,
+  *args: Any,
+  quantize: Mapping[str, Treatment] | None = None,
+  adapters: LoRAConfig | None = None,
+  key: jax.Array | None = None,
+  method: str = "__call__",
+  **kwargs: Any,
+) -> Adapted:
+  """Packs the Params of any NNX module, and makes adapters for them; the module is left as it is.
+
+  Args:
+    model: with its Params, dense.
+    args, kwargs: of one call, arrays or shapes; see `importing.adapt`.
+    quantize: path pattern → treatment; paths are those of `nnx.state(model, nnx.Param)`.
+    adapters: which weights get one.
+    key: for the adapters' start.
+    method: that is called.
+
+  Returns:
+    A module that is called as `model` is. Recurrent cells and convolutions are left as they are.
+
+  Raises:
+    ValueError: a call that makes variables; see also `importing.adapt`.
+
+  >>> model = nnx.adapt(model, tokens, quantize={"*/kernel": QuantizationConfig()},
+  ...                   adapters=LoRAConfig(targets=("*/kernel",)), key=key)
+  >>> optimizer = flax.nnx.Optimizer(model, tx, wrt=flax.nnx.LoRAParam)
+  """
+  graph, weights, others = nnx.split(model, nnx.Param, ...)
+  shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), weights)
+
+  def function(
+    weights: Any, graph: Any, others: Any, method: str, *args: Any, **kwargs: Any
+  ) -> Any:
+    own = jax.tree.map(lambda leaf: leaf, shapes)
+    nnx.replace_by_pure_dict(own, weights)
+    again = nnx.merge(graph, own, others)
+    out = getattr(again, method)(*args, **kwargs)
+    _, _, after = nnx.split(again, nnx.Param, ...)
+    before, now = (set(dict(nnx.to_flat_state(state))) for state in (others, after))
+    if before != now:
+      path = "/".join(map(str, min(before ^ now, key=str)))
+      raise ValueError(f"{path}: a variable that a call makes or drops; make it before adapting")
+    return out, after
+
+  cells = [
+    "/".join(map(str, path))
+    for path, node in nnx.iter_graph(model)
+    if isinstance(node, nnx.RNNCellBase)
+  ]
+  own, frozen, params, constants = importing.adapt(
+    function,
+    nnx.to_pure_dict(weights),
+    graph,
+    others,
+    method,
+    *args,
+    quantize=quantize,
+    adapters=adapters,
+    key=key,
+    exclude=lambda path: (
+      "of a recurrent cell" if any(path.startswith(f"{cell}/") for cell in cells) else None
+    ),
+    **kwargs,
+  )
+  return Adapted(own, model, frozen, params, constants)
+
+
+# Layers of our own.
+
+
+class _Product(nnx.Module):
+  """One frozen kernel and its adapter, for the layers below."""
+
+  def _own(
+    self,
+    kernel: jax.Array,
+    quantization: QuantizationConfig | None,
+    adapter: LoRAConfig | None,
+    rngs: nnx.Rngs,
+  ) -> None:
+    if quantization is not None:
+      kernel = quantize_tree({"w": kernel}, {"w": quantization})["w"]
+    params, constants = {}, {}
+    if adapter is not None:
+      # The patterns are for trees; here is one weight.
+      own = dataclasses.replace(
+        adapter, targets=("w",), rank_pattern={}, alpha_pattern={}, modules_to_save=()
+      )
+      params, constants = (
+        tree["w"] for tree in lora.init(rngs.params(), {"w": {"kernel": kernel}}, own)
+      )
+    self.kernel = Frozen(kernel)
+    self.adapter = nnx.data(_variables(params, nnx.LoRAParam))
+    self.constants = nnx.data(_variables(constants, Constant))
+
+
+class QLinear(_Product):
+  """y = x · W + s · (x · A) · B (+ bias), with W packed or plain; takes `nnx.Linear`'s place.
+
+  Attributes:
+    kernel: W `[K, N]`, Frozen. bias: `[N]`, Frozen, or None.
+    adapter: LoRAParams by name, `lora_a` `[K, r]` and `lora_b` `[r, N]` of plain LoRA.
+    constants: the adapter's Constants.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    *,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.bfloat16,
+    quantization: QuantizationConfig | None = None,
+    adapter: LoRAConfig | None = None,
+    implementation: str | None = None,
+    kernel_init: Initializer = _INIT,
+    rngs: nnx.Rngs,
+  ):
+    """Makes a layer of random weights.
+
+    Args:
+      in_features, out_features: K and N.
+      use_bias: whether a frozen bias is added.
+      dtype: x, the products' operands, and y.
+      quantization: how W is packed; None for not at all.
+      adapter: of which the rank, alpha, variant and dropout count; None for none.
+      implementation: of `quantized_matmul`.
+      kernel_init: of W, float32.
+      rngs: its `params` stream is drawn from.
+    """
+    kernel = kernel_init(rngs.params(), (in_features, out_features), jnp.float32)
+    self._own(kernel, quantization, adapter, rngs)
+    self.bias = nnx.data(Frozen(jnp.zeros(out_features, jnp.float32)) if use_bias else None)
+    self.dtype, self.implementation = dtype, implementation
+
+  @classmethod
+  def of(
+    cls,
+    linear: nnx.Linear,
+    *,
+    quantization: QuantizationConfig | None = None,
+    adapter: LoRAConfig | None = None,
+    implementation: str | None = None,
+    rngs: nnx.Rngs | None = None,
+  ) -> "QLinear":
+    """A layer with the weights of an `nnx.Linear`, to be put in its place."""
+    if adapter is not None and rngs is None:
+      raise ValueError("adapter: given without rngs for its start")
+    kernel = linear.kernel.get_value()
+    self = cls(
+      *kernel.shape,
+      use_bias=False,
+      dtype=linear.dtype or linear.param_dtype,
+      quantization=quantization,
+      adapter=adapter,
+      implementation=implementation,
+      kernel_init=lambda *_: kernel,
+      rngs=rngs or nnx.Rngs(0),
+    )
+    if linear.bias is not None:
+      self.bias = nnx.data(Frozen(linear.bias.get_value()))
+    return self
+
+  def __call__(self, x: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    """`[..., K] → [..., N]`."""
+    x = x.astype(self.dtype)
+    kernel = self.kernel.get_value()
+
+    def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+      if is_quantized(kernel):
+        return quantized_matmul(x, kernel, implementation=self.implementation).astype(dtype)
+      return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.dtype(dtype))
+
+    y = adapted_product(
+      x,
+      _values(self.adapter),
+      _values(self.constants),
+      project,
+      dtype=self.dtype,
+      kernel=kernel,
+      dropout_key=dropout_key,
+      implementation=self.implementation,
+      name="QLinear",
+    )
+    return y if self.bias is None else y + row(self.bias.get_value().astype(y.dtype), y)
+
+
+class QEinsum(_Product):
+  """y = einsum(equation, x, W), and the adapter's s · A · B in W if there is one; no bias.
+
+  Attributes:
+    kernel: W as `[..., K, N]`, Frozen, whatever the order of the axes in the equation (see
+      `einsum_layer`).
+    adapter, constants: as QLinear's.
+  """
+
+  def __init__(
+    self,
+    equation: str,
+    shape: tuple[int, ...],
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    quantization: QuantizationConfig | None = None,
+    adapter: LoRAConfig | None = None,
+    kernel_init: Initializer = _INIT,
+    rngs: nnx.Rngs,
+  ):
+    """Makes a layer of random weights.
+
+    Args:
+      equation: x's term first, such as "btd,dnh->btnh".
+      shape: of W, as the equation has it.
+      dtype, quantization, adapter, kernel_init, rngs: as QLinear's.
+    """
+    self.equation = equation
+    self.layout = nnx.static(einsum_layer.layout(equation, tuple(shape)))
+    kernel = kernel_init(rngs.params(), self.layout.matrices_shape, jnp.float32)
+    self._own(kernel, quantization, adapter, rngs)
+    self.dtype = dtype
+
+  def __call__(self, x: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    """x and y as the equation has them."""
+    leading = self.layout.matrices_shape[:-2]
+    data = {
+      "kernel": self.kernel.get_value(),
+      "params": _values(self.adapter),
+      "constants": for_all(_values(self.constants), leading),
+    }
+    if dropout_key is not None and "dropout" in data["constants"]:
+      data["dropout_key"] = jax.random.split(dropout_key, leading)
+    return einsum_layer.product(self.equation, self.layout, data, x.astype(self.dtype), "QEinsum")

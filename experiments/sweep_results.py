@@ -41,6 +41,7 @@ _OF_INIT = (
   "lora.loftq_ignores_scaling",
   "lora.lora_ga_gamma",
   "lora.eva_rho",
+  "lora.cloq_damping",
   "lora.svd_iterations",
   "lora.calibration_batches",
 )

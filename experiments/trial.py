@@ -519,7 +519,13 @@ def _initialized(
   """
   kept = directory / _INITIALIZED
   if not kept.exists():
-    gradients = None
+    gradients = moments = None
+    if config.lora.init == "cloq":
+      moments = calibration.second_moments(
+        *load_base(config, base, quantization, shared),
+        config.lora,
+        _calibration_batches(config, rows),
+      )
     if config.lora.init == "lora_ga":
       gradients = calibration.weight_gradients(
         *load_base(config, base, quantization, shared),
@@ -535,6 +541,7 @@ def _initialized(
       dtype=config.model.dtype,
       storage_dtype=config.model.storage_dtype,
       gradients=gradients,
+      moments=moments,
     )
     check_disk(
       directory,
@@ -786,11 +793,13 @@ def steps(
   else:
     summary["qlora"] = yield from stage(workdir, config.base_quantization, "QLoRA")
   if config.train.compare_16bit:
-    # Plain, whatever the init: what quantizing cost and an init wins back is measured by it.
+    # Plain, whatever the init: what quantizing cost and an init wins back is measured by it. And
+    # QA-LoRA is of packed bases alone.
+    variant = "lora" if config.lora.variant == "qa_lora" else config.lora.variant
     plain = dataclasses.replace(
       config,
       model=dataclasses.replace(config.model, quantize=False),
-      lora=dataclasses.replace(config.lora, init="lora"),
+      lora=dataclasses.replace(config.lora, init="lora", variant=variant),
       train=dataclasses.replace(config.train, compare_16bit=False),
     )
     summary["lora_16bit"] = yield from stage(workdir / "lora_16bit", None, full, plain)

@@ -80,6 +80,7 @@ def adapted_product(
     isinstance(kernel, AnyQuantizedTensor)
     and key is None
     and not has_magnitude
+    and scaling.ndim == 0
     and fuses_adapter(x, kernel, a.shape[-1], implementation=implementation)
   ):
     y = adapted_matmul(x, kernel, a, b, scaling).astype(dtype)

@@ -35,6 +35,7 @@ from typing import Any, Literal
 
 import ml_collections
 
+from qlora_jax import codebooks
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.quantization import QuantizationConfig
 
@@ -384,11 +385,25 @@ class ExperimentConfig(_Section):
       f"lora.variant = {self.lora.variant!r} trains no B: set this to 1",
     )
     _require(
-      self.lora.init != "loftq" or self.model.quantize,
+      self.lora.init not in ("loftq", "cloq") or self.model.quantize,
       "lora.init",
-      "loftq",
+      self.lora.init,
       "model.quantize is False, so there is no quantization error to make up for",
     )
+    if self.lora.variant == "qa_lora":
+      self._require_zero_points()
+
+  def _require_zero_points(self):
+    rule = (
+      "lora.variant 'qa_lora' merges into zero-points: quantize by a codebook that has them, such "
+      "as int4_zero_point, with nothing around it"
+    )
+    _require(self.model.quantize, "model.quantize", False, rule)
+    codebook = codebooks.get(self.quantization.codebook, self.quantization.block_size)
+    _require(codebook.scale == "minmax", "quantization.codebook", codebook.name, rule)
+    for field in ("rotate", "outlier_fraction"):
+      value = getattr(self.quantization, field)
+      _require(not value, f"quantization.{field}", value, rule)
 
   @property
   def base_quantization(self) -> QuantizationConfig | None:

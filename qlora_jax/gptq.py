@@ -167,13 +167,18 @@ def _codes(w: jax.Array, packed: QuantizedTensor, u: jax.Array) -> jax.Array:
   return jax.lax.fori_loop(0, k // step, group, start)[1]
 
 
+def damped(h: jax.Array, damping: Any) -> jax.Array:
+  """H + λ of inputs' second moment `[K, K]`, in units of the mean of its diagonal.
+
+  Inputs that are all zero leave λ: rounding to nearest, the SVD of a weight's own error.
+  """
+  mean = jnp.trace(h) / len(h)
+  return h / jnp.where(mean > 0, mean, 1) + damping * jnp.eye(len(h))
+
+
 def _upper_factor(h: jax.Array, damping: Any) -> tuple[jax.Array, jax.Array]:
   """U with Uᵀ · U = (H + λ)⁻¹, and whether there is one."""
-  k = len(h)
-  # In units of the diagonal's mean. Inputs that are all zero leave rounding to nearest.
-  mean = jnp.trace(h) / k
-  h = h / jnp.where(mean > 0, mean, 1) + damping * jnp.eye(k)
-  lower = jnp.linalg.cholesky(h)
-  inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(k))
+  lower = jnp.linalg.cholesky(damped(h, damping))
+  inverse = jax.scipy.linalg.cho_solve((lower, True), jnp.eye(len(h)))
   u = jnp.linalg.cholesky(inverse).T
   return u, jnp.isfinite(u).all()

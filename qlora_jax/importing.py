@@ -269,6 +269,11 @@ def adapt(
   if adapters is not None:
     if key is None:
       raise ValueError("adapt: adapters without a key for their start")
+    if adapters.trainable_tokens:
+      raise ValueError(
+        "adapt: trainable_tokens; only this package's models read them: modules_to_save trains the "
+        "whole table"
+      )
     candidates = _candidates(adapters, adapted, refused, tree)
     if adapters.changes_base:
       changed, params, constants = lora_init.initialize(

@@ -181,7 +181,8 @@ class TiedHead(nn.Module):
   """Logits x · tableᵀ of a head that has no weight of its own, and its adapter if there is one.
 
   The adapter is the head's alone, as QDense has it: the lookup in the table does not see it. A
-  full `kernel` `[D, V]` in `params` takes the table's place.
+  full `kernel` `[D, V]` in `params` takes the table's place. What `trainable_tokens` add to rows of
+  the table is added here too.
 
   Attributes:
     dtype: of the products' operands; logits are float32.
@@ -190,8 +191,14 @@ class TiedHead(nn.Module):
   dtype: DTypeLike = jnp.bfloat16
 
   @nn.compact
-  def __call__(self, x: jax.Array, table: jax.Array) -> jax.Array:
-    """`[..., D]`, and the table `[V, D]` without its own adapter, to `[..., V]`."""
+  def __call__(
+    self, x: jax.Array, table: jax.Array, tokens: tuple[jax.Array, jax.Array] | None = None
+  ) -> jax.Array:
+    """`[..., D]`, and the table `[V, D]` without its own adapter, to `[..., V]`.
+
+    Args:
+      tokens: `Embed.tokens` of that table.
+    """
     x = x.astype(self.dtype)
     kernel = table.T
     if self.has_variable("params", "kernel"):
@@ -200,7 +207,8 @@ class TiedHead(nn.Module):
     def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
       return _matmul(dtype, x, kernel.astype(x.dtype))
 
-    return _with_adapter(self, x, jnp.float32, project)
+    y = _with_adapter(self, x, jnp.float32, project)
+    return y if tokens is None else lora.add_token_logits(y, x, *tokens)
 
 
 class Embed(nn.Module):
@@ -222,10 +230,15 @@ class Embed(nn.Module):
     shape = (self.vocab_size, self.features)
     # Without the adapter: what a tied head multiplies by.
     self.embedding = plain_weight(self, "embedding", nn.initializers.normal(0.02), shape)
+    # Ids and what is added to their rows, where some tokens are trained alone.
+    self.tokens = _tokens(self)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """`[...]` ids to `[..., D]`."""
-    y = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    y = jnp.take(self.embedding, tokens, axis=0)
+    if self.tokens is not None:
+      y = y.astype(jnp.float32) + lora.token_rows(tokens, *self.tokens)
+    y = y.astype(self.dtype)
     if self.has_variable("params", "lora_a"):
       a = self.get_variable("params", "lora_a")
       if a.shape[0] != self.vocab_size:
@@ -249,7 +262,7 @@ def _with_adapter(
 ) -> jax.Array:
   """`adapted_product` with what `module` has in its collections."""
   params, constants, key = _adapter(module)
-  return adapted_product(
+  y = adapted_product(
     x,
     params,
     constants,
@@ -260,6 +273,20 @@ def _with_adapter(
     implementation=getattr(module, "implementation", None),
     name="/".join(module.path),
   )
+  tokens = _tokens(module)
+  return y if tokens is None else lora.add_token_logits(y, x, *tokens)
+
+
+def _tokens(module: nn.Module) -> tuple[jax.Array, jax.Array] | None:
+  """`token_ids` and `token_delta` of `module`, if it has them (see `lora`)."""
+  if not module.has_variable("params", "token_delta"):
+    return None
+  if not module.has_variable("constants", "token_ids"):
+    raise ValueError(
+      f"{'/'.join(module.path)}/token_delta: in params without its token_ids in constants; pass "
+      "the constants that lora.init returned with it"
+    )
+  return module.get_variable("constants", "token_ids"), module.get_variable("params", "token_delta")
 
 
 def _adapter(

@@ -29,20 +29,23 @@ block, and may be taken off the block's zero-point:
 A table `[V, D]` that is looked up has A `[V, r]` and B `[r, D]`: (table + s · A · B)[ids]. A head
 that is tied to the table has its own adapter, as if its kernel, tableᵀ, stood at `head/kernel`;
 neither sees the other's. And a full leaf in `params` at the path of a base weight takes its place.
+Of some tokens alone, a `token_delta` `[T, D]` at `embed` is added to their rows of the table, with
+which a tied head reads it too; a head of its own has another at `head`, added to their columns.
+`constants` has their `token_ids` `[T]`, ascending.
 """
 
 import dataclasses
 import difflib
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from qlora_jax import tree_paths
 from qlora_jax.quantization import dequantize
@@ -117,6 +120,8 @@ class LoRAConfig:
     lora_bias: whether an adapter has a bias.
     modules_to_save: path patterns of weights, or of layers with all their weights, that are
       trained in full. `head` gives a tied head a kernel of its own.
+    trainable_tokens: ids, such as those of new tokens, whose rows of the token table are trained,
+      and columns of the head.
 
   Raises:
     ValueError: naming the field, its value and the rule.
@@ -143,6 +148,7 @@ class LoRAConfig:
   svd_iterations: int | None = STEPS
   lora_bias: bool = False
   modules_to_save: tuple[str, ...] = ()
+  trainable_tokens: tuple[int, ...] = ()
 
   def __post_init__(self):
     for name in ("targets", "modules_to_save"):
@@ -152,6 +158,10 @@ class LoRAConfig:
       object.__setattr__(self, name, tuple(value))
     object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
     object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
+    tokens = tuple(sorted(self.trainable_tokens))
+    if len(set(tokens)) < len(tokens) or (tokens and tokens[0] < 0):
+      raise ValueError(f"trainable_tokens: {tokens}; ids, 0 or more, each once")
+    object.__setattr__(self, "trainable_tokens", tokens)
     if not self.targets:
       raise ValueError("targets: empty; at least one pattern")
     for name, rank in {"rank": self.rank, **_named("rank_pattern", self.rank_pattern)}.items():
@@ -264,7 +274,7 @@ def init(key: jax.Array, frozen: Any, cfg: LoRAConfig) -> tuple[dict, dict]:
     asks for them, float32; constants as the function of that name says. Of VeRA and LoRA-XS,
     constants has `lora_a` and `lora_b`, and params `vera_d` `[..., r]` and `vera_b` `[..., N]`, or
     `core` `[..., r, r]`. Weights to be trained in full are copied to their own paths in params,
-    float32.
+    float32. `trainable_tokens` have `token_delta` `[T, D]`, zeros, in params.
 
   Raises:
     ValueError: a pattern that matches no weight, patterns that disagree on one, a rank
@@ -314,6 +324,8 @@ def init(key: jax.Array, frozen: Any, cfg: LoRAConfig) -> tuple[dict, dict]:
     if cfg.variant == "dora":
       # A copy: a step that is given params to overwrite must not take the constant with it.
       params[f"{layer}/magnitude"] = jnp.array(fixed[f"{layer}/weight_norm"], copy=True)
+  for layer, width in _token_layers(frozen, cfg).items():
+    params[f"{layer}/token_delta"] = jnp.zeros((len(cfg.trainable_tokens), width), jnp.float32)
   flat = tree_paths.leaves(frozen, is_leaf=is_quantized)
   for path in _saved(frozen, cfg):
     w = flat[TABLE].T if path not in flat else flat[path]
@@ -383,13 +395,17 @@ def constants(frozen: Any, cfg: LoRAConfig) -> dict:
     Nested dicts: below each target's layer `scaling` (float32), `rank` (int32), where cfg.dropout
     > 0 (and not of a lookup) `dropout`, each `[L]` in a stack, else `[]`; for DoRA `weight_norm`,
     ‖W‖ `[..., N]`, 0 in layers of a stack that are no target; for QA-LoRA `pool` `[..., B]`.
-    (VeRA's and LoRA-XS's matrices need a key: `init` adds them.)
+    (VeRA's and LoRA-XS's matrices need a key: `init` adds them.) Of `trainable_tokens`, `token_ids`
+    `[T]` int32.
 
   Raises:
     ValueError: see `init`.
   """
   _saved(frozen, cfg)
-  fixed = {}
+  fixed = {
+    f"{layer}/token_ids": jnp.asarray(cfg.trainable_tokens, jnp.int32)
+    for layer in _token_layers(frozen, cfg)
+  }
   for path, (leaf, ranks, scalings) in plan(frozen, cfg).items():
     values = {
       "scaling": np.asarray(scalings, np.float32),
@@ -477,6 +493,28 @@ def _saved(frozen: Any, cfg: LoRAConfig) -> list[str]:
       "which needs a weight that stays as it is"
     )
   return list(dict.fromkeys(saved))
+
+
+def _token_layers(frozen: Any, cfg: LoRAConfig) -> dict[str, int]:
+  """D of the layers where `trainable_tokens` have a delta, by path."""
+  if not cfg.trainable_tokens:
+    return {}
+  flat = weights(frozen)
+  if TABLE not in flat:
+    raise ValueError(f"lora.trainable_tokens: the base has no {TABLE}")
+  vocabulary, width = flat[TABLE].shape
+  if cfg.trainable_tokens[-1] >= vocabulary:
+    raise ValueError(
+      f"lora.trainable_tokens: {cfg.trainable_tokens[-1]}; the base's vocabulary has {vocabulary}"
+    )
+  paths = [TABLE] if is_tied(frozen) else [TABLE, HEAD]
+  for path in _saved(frozen, cfg):
+    if path in (TABLE, HEAD):
+      raise ValueError(
+        f"lora.modules_to_save: {module(path)}: of it lora.trainable_tokens are trained; a weight "
+        "is trained in full or in these"
+      )
+  return {module(path): width for path in paths}
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -628,7 +666,7 @@ def apply(
 
   Args:
     x: `[..., K]`; the products are in its dtype and accumulate in float32.
-    a: `[K, r]`. b: `[r, N]`. scaling: `[]`.
+    a: `[K, r]`. b: `[r, N]`. scaling: `[]`, or of `combine` by row `[B, r]`.
     dropout: `[]`, the rate; used only with a key.
     key: zeroes elements of x with probability `dropout`, scaling up the others.
 
@@ -648,7 +686,7 @@ def apply_lookup(
   """s · A[ids] · B: what an adapter adds to a lookup in a table `[V, D]`.
 
   Args:
-    ids: `[...]`. a: `[V, r]`. b: `[r, D]`. scaling: `[]`.
+    ids: `[...]`. a: `[V, r]`. b: `[r, D]`. scaling: as `apply`.
     dtype: of the product's operands and the result; it accumulates in float32.
 
   Returns:
@@ -657,7 +695,38 @@ def apply_lookup(
   return _expand(jnp.take(a, ids, axis=0).astype(dtype), b, scaling, dtype)
 
 
+def token_rows(tokens: jax.Array, ids: jax.Array, delta: jax.Array) -> jax.Array:
+  """What `trainable_tokens` add to rows of the table that are looked up.
+
+  Args:
+    tokens: `[...]`. ids: `[T]`, ascending. delta: `[T, D]`.
+
+  Returns:
+    `[..., D]` float32, zeros where the token is none of the ids.
+  """
+  place = jnp.clip(jnp.searchsorted(ids, tokens), 0, len(ids) - 1)
+  rows = jnp.take(delta.astype(jnp.float32), place, axis=0)
+  return jnp.where((jnp.take(ids, place) == tokens)[..., None], rows, 0)
+
+
+def add_token_logits(y: jax.Array, x: jax.Array, ids: jax.Array, delta: jax.Array) -> jax.Array:
+  """Logits `[..., V]` of x `[..., D]`, with what `trainable_tokens` add to the head's columns.
+
+  Args:
+    ids: `[T]`, ascending. delta: `[T, D]`.
+  """
+  own = jnp.matmul(x, delta.T.astype(x.dtype), preferred_element_type=jnp.float32)
+  return y.at[..., ids].add(own.astype(y.dtype), indices_are_sorted=True, unique_indices=True)
+
+
 def _expand(h: jax.Array, b: jax.Array, scaling: jax.Array, dtype: DTypeLike) -> jax.Array:
+  if scaling.ndim:
+    if h.ndim < 2 or len(scaling) != len(h):
+      raise ValueError(
+        f"lora: an input of shape {list(h.shape[:-1])} to adapters that are weighted by row, of "
+        f"{len(scaling)} rows"
+      )
+    scaling = scaling.reshape(len(scaling), *[1] * (h.ndim - 2), -1)
   # s multiplies where the array is narrowest.
   return jnp.matmul((h.astype(jnp.float32) * scaling).astype(dtype), b.astype(dtype))
 
@@ -716,7 +785,7 @@ def merge(
   """The base with its adapters added in, as plain arrays: W + s · A · B, or what DoRA makes of it.
 
   Computed in float32, rounded once to `dtype`. A full leaf of `params` at a base weight's
-  path takes its place. A `lora_bias` is added to the layer's bias.
+  path takes its place. A `lora_bias` is added to the layer's bias, a `token_delta` last.
 
   Args:
     frozen, params, constants: as the model reads them; params and constants may be {}.
@@ -733,6 +802,7 @@ def merge(
   """
   full = tree_paths.leaves(params)
   fixed = tree_paths.leaves(constants)
+  tied = is_tied(frozen) if tied is None else tied
   used = set()
 
   def merged_leaf(path, w):
@@ -759,13 +829,19 @@ def merge(
         scale = _ratio(full[f"{layer}/magnitude"], jnp.square(w).sum(-2))
         # Layers of a stack that are no target have no scaling, and a magnitude that means nothing.
         w = w * jnp.where(_leading(scaling, scale) != 0, scale, 1)[..., None, :]
+    if path in (TABLE, HEAD):
+      layer = module(TABLE) if tied else layer
+      if f"{layer}/token_delta" in full:
+        used.add(f"{layer}/token_delta")
+        ids, delta = fixed[f"{layer}/token_ids"], full[f"{layer}/token_delta"].astype(jnp.float32)
+        w = w.astype(jnp.float32)
+        w = w.at[ids].add(delta) if path == TABLE else w.at[:, ids].add(delta.T)
     return jnp.asarray(w, dtype)
 
   merged = jax.tree_util.tree_map_with_path(
     lambda path, w: merged_leaf(tree_paths.path_string(path), w), frozen, is_leaf=is_quantized
   )
   own = {HEAD, *(f"{module(HEAD)}/{name}" for name in (*FACTORS, "lora_bias"))}
-  tied = is_tied(frozen) if tied is None else tied
   if tied and not full.keys().isdisjoint(own | {f"{module(TABLE)}/lora_a"}):
     table = full.get(TABLE, tree_paths.leaves(frozen)[TABLE])
     merged = {**merged, module(HEAD): {"kernel": merged_leaf(HEAD, table.T)}}
@@ -872,7 +948,8 @@ def plain(
     pairs = [pair]
     if cfg.changes_base:
       pairs.append((start[f"{layer}/lora_a"], -start[f"{layer}/lora_b"]))
-    a, b, ranks = _side_by_side(pairs, np.asarray(fixed[f"{layer}/rank"]))
+    rank = np.asarray(fixed[f"{layer}/rank"])
+    a, b, ranks = _side_by_side(pairs, [rank] * len(pairs))
     new |= {f"{layer}/lora_a": a, f"{layer}/lora_b": b}
     new_fixed[f"{layer}/rank"] = ranks
   if cfg.changes_base:
@@ -892,6 +969,77 @@ def plain(
   else:
     cfg = dataclasses.replace(cfg, variant="lora")
   return tree_paths.nest(new), tree_paths.nest(new_fixed), cfg
+
+
+def combine(
+  adapters: Sequence[tuple[Any, Any]], weights: ArrayLike | Sequence[Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Several adapters of one base as one: their weighted sum, or one sum for each row of a batch.
+
+  y[b] = x[b] · W + Σᵢ weights[b, i] · sᵢ · x[b] · Aᵢ · Bᵢ
+
+  A row of zeros is the base's, a row with a single 1 that adapter's: so one batch serves several
+  tenants, whose weights are arrays, and may change without compiling anew. The A's stand side by
+  side, so that all rows take one product with all of them; what another row's adapter gives is
+  multiplied by 0. (The other way, an A and B gathered for each row, reads them again for each.)
+
+  Args:
+    adapters: (params, constants) of each, as `init` gives them. Any variant but DoRA, any targets
+      and ranks. Dropout rates are left out.
+    weights: `[A]` of the sum; or `[B, A]`, for a batch of B rows.
+
+  Returns:
+    (params, constants) for the model that the adapters are of, and for `generate`. Of `[A]` it is
+    a plain adapter, of scaling 1, which also merges. Of `[B, A]` the constants' `scaling` is
+    `[..., B, r]`, which the layers of this package take where x has B rows; they do not merge.
+
+  Raises:
+    ValueError: weights of another shape; a leaf that does not add up, as a bias, a DoRA magnitude
+      or a weight trained in full; adapters of different bases; experts by row. The message names
+      the path.
+  """
+  weights = jnp.asarray(weights, jnp.float32)
+  if weights.ndim not in (1, 2) or weights.shape[-1] != len(adapters) or not adapters:
+    raise ValueError(
+      f"combine: weights {list(weights.shape)} of {len(adapters)} adapters; [A] or [B, A], A "
+      "at least 1"
+    )
+  flat = [tuple(map(tree_paths.leaves, each)) for each in adapters]
+  for number, (params, _) in enumerate(flat):
+    for path in params:
+      if path.rpartition("/")[2] not in FACTORS:
+        raise ValueError(f"combine: adapter {number}: {path}: only products s · A · B add up")
+  made, fixed = {}, {}
+  paths = [path for _, constants in flat for path in constants if path.endswith("/scaling")]
+  for layer in dict.fromkeys(path.removesuffix("/scaling") for path in paths):
+    pairs, scalings, ranks = [], [], []
+    for number, (params, constants) in enumerate(flat):
+      pair = factors_at(layer, params, constants)
+      if pair is None:
+        continue
+      pairs.append(pair)
+      # [L] or [], and by row [L, B] or [B].
+      scalings.append(jnp.multiply.outer(constants[f"{layer}/scaling"], weights[..., number]))
+      ranks.append(constants[f"{layer}/rank"])
+    shapes = {(*a.shape[:-1], b.shape[-1]) for a, b in pairs}
+    if len(shapes) != 1:
+      raise ValueError(f"combine: {layer}: adapters of weights of shapes {sorted(shapes)}")
+    if weights.ndim == 1:
+      pairs = [(a, _leading(s, b) * b) for (a, b), s in zip(pairs, scalings, strict=True)]
+      a, b, rank = _side_by_side(pairs, [np.asarray(each) for each in ranks])
+      fixed |= {f"{layer}/rank": rank, f"{layer}/scaling": (rank > 0).astype(jnp.float32)}
+    else:
+      if pairs[0][0].ndim - scalings[0].ndim > 1:
+        raise ValueError(f"combine: {layer}: experts take one adapter for all rows")
+      a = jnp.concatenate([a for a, _ in pairs], axis=-1)
+      b = jnp.concatenate([b for _, b in pairs], axis=-2)
+      by_column = [
+        jnp.repeat(s[..., None], own.shape[-1], axis=-1)
+        for (own, _), s in zip(pairs, scalings, strict=True)
+      ]
+      fixed[f"{layer}/scaling"] = jnp.concatenate(by_column, axis=-1)
+    made |= {f"{layer}/lora_a": a, f"{layer}/lora_b": b}
+  return tree_paths.nest(made), tree_paths.nest(fixed)
 
 
 def taken_out(initial: Any, constants: Any, cfg: LoRAConfig) -> dict:
@@ -918,30 +1066,30 @@ def taken_out(initial: Any, constants: Any, cfg: LoRAConfig) -> dict:
 
 
 def _side_by_side(
-  pairs: list[tuple[Any, Any]], ranks: np.ndarray
+  pairs: list[tuple[Any, Any]], ranks: list[np.ndarray]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Pairs of A `[..., K, r]` and B `[..., r, N]` as one of A · B summed over them, and its ranks.
 
   Args:
-    ranks: `[L]` or `[]`, of each pair: what lies beyond is padding, and is not taken along.
+    ranks: of each pair, `[L]` or `[]`: what lies beyond is padding, and is not taken along.
   """
   leading, (k, n) = np.shape(pairs[0][0])[:-2], (np.shape(pairs[0][i])[i - 2] for i in (0, 1))
   limit = min(k, n)
-  total = np.minimum(len(pairs) * ranks, limit)
-  a = np.zeros((*leading, k, total.max()), np.float32)
-  b = np.zeros((*leading, total.max(), n), np.float32)
+  total = np.minimum(sum(ranks), limit)
+  whole_a = np.zeros((*leading, k, total.max()), np.float32)
+  whole_b = np.zeros((*leading, total.max(), n), np.float32)
   host = [(np.asarray(own_a, np.float32), np.asarray(own_b, np.float32)) for own_a, own_b in pairs]
   for index in np.ndindex(*leading):
-    rank = int(ranks[index[: ranks.ndim]])
-    own_a = np.concatenate([each[index][:, :rank] for each, _ in host], axis=1)
-    own_b = np.concatenate([each[index][:rank] for _, each in host], axis=0)
+    own = [int(rank[index[: rank.ndim]]) for rank in ranks]
+    own_a = np.concatenate([a[index][:, :r] for (a, _), r in zip(host, own, strict=True)], axis=1)
+    own_b = np.concatenate([b[index][:r] for (_, b), r in zip(host, own, strict=True)], axis=0)
     if own_a.shape[1] > limit:
       # As a product with the identity, which is as small as it gets.
       whole, one = own_a @ own_b, np.eye(limit, dtype=np.float32)
       own_a, own_b = (one, whole) if k <= n else (whole, one)
-    a[index][:, : own_a.shape[1]] = own_a
-    b[index][: own_b.shape[0]] = own_b
-  return jnp.asarray(a), jnp.asarray(b), jnp.asarray(total.astype(np.int32))
+    whole_a[index][:, : own_a.shape[1]] = own_a
+    whole_b[index][: own_b.shape[0]] = own_b
+  return jnp.asarray(whole_a), jnp.asarray(whole_b), jnp.asarray(total.astype(np.int32))
 
 
 def count(params: Any, constants: Any) -> int:

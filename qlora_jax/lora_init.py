@@ -10,8 +10,8 @@ From a dense weight W `[K, N]`, with q for quantizing (or rounding to a dtype) a
 
 The base becomes q(W − s · A · B); LoftQ's is its last W′, without the last SVD, and CLoQ's q(W). So
 the function at step 0 is W's own where q is the identity; with LoftQ, ‖W − W′ − s · A · B‖ is made
-small, with CLoQ that of the outputs: where Rᵀ · R = Xᵀ · X + λ, R · s · A · B is the truncated SVD of
-R · (W − q(W)), and no other of its rank leaves less of ‖X · E‖² + λ‖E‖².
+small, with CLoQ that of the outputs: where Rᵀ · R = Xᵀ · X + λ, s · R · A · B is the truncated SVD
+of R · (W − q(W)), and no other of its rank leaves less of ‖X · E‖² + λ‖E‖².
 
 What is trained on such a base fits the original one no longer. `lora.plain` makes an adapter for
 that of it. It is q's error alone that this leaves behind: see there.
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qlora_jax import lora, tree_paths
+from qlora_jax import gptq, lora, tree_paths
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.quantization import (
   QuantizationConfig,
@@ -376,12 +376,8 @@ def _matrix(
   elif method.init == "cloq":
     assert moment is not None
     base = _stored(w, store)
-    # H + λ = L · Lᵀ, so that R = Lᵀ. In units of the mean of H's diagonal, which the result does
-    # not depend on; inputs that are all zero leave the SVD of W − q(W).
-    k = len(moment)
-    mean = jnp.trace(moment) / k
-    moment = moment / jnp.where(mean > 0, mean, 1) + method.damping * jnp.eye(k)
-    root = jnp.linalg.cholesky(moment).T
+    # R is the Cholesky factor Lᵀ of H + λ; the result does not depend on H's units.
+    root = jnp.linalg.cholesky(gptq.damped(moment, method.damping)).T
     error = jnp.matmul(root, w - _restored(base), precision=jax.lax.Precision.HIGHEST)
     a, b = leading(error)
     a = jax.scipy.linalg.solve_triangular(root, a)

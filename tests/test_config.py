@@ -85,9 +85,11 @@ EVERYTHING_CHANGED = {
     "lora_ga_gamma": 64.0,
     "eva_rho": 3.0,
     "calibration_batches": 2,
+    "cloq_damping": 0.5,
     "svd_iterations": None,
     "lora_bias": True,
     "modules_to_save": ["head"],
+    "trainable_tokens": [1, 3],
   },
   "data": {
     "path": "rows.jsonl",
@@ -481,7 +483,7 @@ def test_fields_say_what_they_are():
   assert fields["optimizer.clip_norm"].default == 1.0
   assert fields["optimizer.clip_norm"].help == "largest global norm of a gradient, or None."
   assert fields["lora.rank"].type_name == "int"
-  assert fields["lora.variant"].type_name == "'lora' | 'dora' | 'vera' | 'lora_xs'"
+  assert fields["lora.variant"].type_name == "'lora' | 'dora' | 'vera' | 'lora_xs' | 'qa_lora'"
   assert fields["lora.rank_pattern"].type_name == "dict[str, int]"
   assert all(field.help for field in fields.values()), "a docstring lacks a field"
   assert not any("\n" in field.help or "Raises" in field.help for field in fields.values())

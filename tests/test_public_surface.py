@@ -15,6 +15,7 @@ INTERNAL = {
   "qlora_jax.codebooks": {"dynamic_map", "is_table", "name_of", "normal_float", "student_ppf"},
   "qlora_jax.linen": {"plain_weight", "weight"},
   "qlora_jax.lora": {
+    "add_token_logits",
     "base_weight",
     "dense_part",
     "dora_scale",
@@ -27,6 +28,7 @@ INTERNAL = {
     "plan",
     "refuse_eva",
     "taken_out",
+    "token_rows",
     "weights",
   },
 }

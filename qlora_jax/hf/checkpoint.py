@@ -162,11 +162,12 @@ def initialize(
   remat: RematPolicy = "none",
   implementation: str | None = None,
   gradients: Mapping[str, Any] | None = None,
+  moments: Mapping[str, Any] | None = None,
 ) -> tuple[Transformer, dict[str, Any], dict[str, Any], dict[str, Any]]:
   """`load` and `lora_init.initialize` in one: the dense weights are read one at a time.
 
   Args:
-    key, gradients: see `lora_init.initialize`.
+    key, gradients, moments: see `lora_init.initialize`.
     path: of a dense checkpoint, as `open_stored` takes it.
     quantization, dtype, storage_dtype, remat, implementation: see `load`.
     cfg: the adapters.
@@ -189,7 +190,7 @@ def initialize(
   model = model.clone(remat=remat, implementation=implementation)
   rules = default_rules(quantization)
   made = lora_init.initialize(
-    key, dense, rules, cfg, storage_dtype=storage_dtype, gradients=gradients
+    key, dense, rules, cfg, storage_dtype=storage_dtype, gradients=gradients, moments=moments
   )
   return model, *made
 

@@ -25,6 +25,9 @@ TENSORS = {
   "lora_embedding_B": "lora_b",
 }
 
+# The file's name, below a module, of the rows of tokens that are trained alone: whole, no deltas.
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax import lora, tree_paths
-from qlora_jax.hf.peft_names import CONFIG, PREFIX, TENSORS, Names, Place, ends_with
+from qlora_jax.hf.peft_names import (
+  CONFIG,
+  PREFIX,
+  TENSORS,
+  TOKEN_ROWS,
+  Names,
+  Place,
+  ends_with,
+)
 from qlora_jax.lora import HEAD, TABLE, LoRAConfig
 from qlora_jax.quantized_tensor import is_quantized
 
@@ -20,7 +28,7 @@ from qlora_jax.quantized_tensor import is_quantized
 _KNOWN = frozenset(
   "alpha_pattern bias ensure_weight_tying exclude_modules init_lora_weights layers_pattern "
   "layers_to_transform lora_alpha lora_bias lora_dropout modules_to_save peft_type r rank_pattern "
-  "target_modules use_dora use_rslora "
+  "target_modules trainable_token_indices use_dora use_rslora "
   "auto_mapping base_model_name_or_path eva_config inference_mode loftq_config megatron_core "
   "peft_version qalora_group_size revision runtime_config task_type".split()
 )
@@ -54,6 +62,8 @@ class Reader:
     self._adapters: dict[str, dict[tuple[int, ...], dict[str, np.ndarray]]] = {}
     # Leaf of the base → index → tensor.
     self._full: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+    # The table and the head → their rows of tokens that are trained alone, `[T, D]`.
+    self._tokens: dict[str, np.ndarray] = {}
 
   def add(self, key: str, tensor: np.ndarray) -> None:
     """Takes in one tensor, or refuses it."""
@@ -64,11 +74,18 @@ class Reader:
     base = re.fullmatch(r"(.+)\.base_layer(\.weight|\.bias)", name)
     if base:
       name = base[1] + base[2]
-    if name == key or not (adapter or name.endswith((".weight", ".bias"))):
+    rows = name != key and name.endswith(f".{TOKEN_ROWS}")
+    if name == key or not (adapter or rows or name.endswith((".weight", ".bias"))):
       raise ValueError(f"{where}: not a tensor of a LoRA adapter")
     # astype: numpy alone does not know bfloat16.
     if not np.isfinite(tensor.astype(np.float32)).all():
       raise ValueError(f"{where}: holds a value that is not finite")
+    if rows:
+      place = self._modules.get(name.removesuffix(f".{TOKEN_ROWS}"))
+      if place is None or place.path not in (TABLE, HEAD):
+        raise ValueError(f"{where}: the base has no such table of tokens")
+      self._tokens[place.path] = tensor
+      return
     if adapter:
       place = self._modules.get(adapter[1])
       if place is None:
@@ -153,6 +170,7 @@ class Reader:
     self._check_experts()
     self._check_targets()
     self._tie()
+    tokens = self._token_ids()
     everything = [
       layer for path, leaf in self._names.flat.items() for layer in tree_paths.layers(path, leaf)
     ]
@@ -186,11 +204,47 @@ class Reader:
             tree_paths.layers(path, self._names.flat[path]), everything, weight=True
           )
         ),
+        trainable_tokens=tuple(tokens),
       )
       constants = lora.constants(self._frozen, cfg)
     except ValueError as error:
       raise ValueError(f"{self._file.parent / CONFIG}: {error}") from None
-    return tree_paths.nest(self._params()), constants, cfg
+    params = self._params()
+    for path in (TABLE, HEAD):
+      if f"{lora.module(path)}/token_ids" in tree_paths.leaves(constants):
+        params[f"{lora.module(path)}/token_delta"] = self._token_delta(path, tokens)
+    return tree_paths.nest(params), constants, cfg
+
+  def _token_ids(self) -> list[int]:
+    """The tokens that are trained alone, in the order of their rows."""
+    given = self._raw.get("trainable_token_indices") or {}
+    lists = list(given.values()) if isinstance(given, dict) else [given]
+    if any(each != lists[0] for each in lists):
+      raise ValueError(
+        f"{self._file.parent / CONFIG}: trainable_token_indices: {given!r}; table and head of the "
+        "same tokens are supported"
+      )
+    ids = lists[0] if lists else []
+    if bool(ids) != bool(self._tokens):
+      raise ValueError(
+        f"{self._file}: {len(self._tokens)} tensors of {TOKEN_ROWS}, with trainable_token_indices "
+        f"{given!r}"
+      )
+    return ids
+
+  def _token_delta(self, path: str, ids: list[int]) -> jax.Array:
+    """`[T, D]` in ascending order of the tokens; zeros where the file leaves the rows alone."""
+    w = np.asarray(lora.dense_part(lora.base_weight(self._frozen, path), ()))
+    base = w[sorted(ids)] if path == TABLE else w[:, sorted(ids)].T
+    if path not in self._tokens:
+      return jnp.zeros(base.shape, jnp.float32)
+    rows = self._tokens[path]
+    if rows.shape != base.shape:
+      raise ValueError(
+        f"{self._file}: {TOKEN_ROWS} {list(rows.shape)} of {path}; {list(base.shape)} by "
+        "trainable_token_indices"
+      )
+    return jnp.asarray(rows.astype(np.float32)[np.argsort(ids)] - base)
 
   def _params(self) -> dict[str, jax.Array]:
     params = {}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qlora_jax import lora
-from qlora_jax.hf.peft_names import PREFIX, TENSORS, ends_with, families_of
+from qlora_jax.hf.peft_names import PREFIX, TENSORS, TOKEN_ROWS, ends_with, families_of
 from qlora_jax.lora import HEAD, TABLE, LoRAConfig
 from qlora_jax.models.families import axes_of, tensor_names
 from qlora_jax.models.transformer import Transformer
@@ -38,6 +38,13 @@ class Writer:
       self._tied = lora.is_tied(frozen)
     elif model is not None:
       self._tied = model.config.tie_embeddings
+    ending = "/token_delta"
+    self._tokens = {
+      TABLE if lora.module(TABLE) + ending == leaf else HEAD: x
+      for leaf, x in flat.items()
+      if leaf.endswith(ending)
+    }
+    flat = {leaf: x for leaf, x in flat.items() if not leaf.endswith(ending)}
     kinds = set(TENSORS.values())
     self._full = {leaf: x for leaf, x in flat.items() if leaf.rpartition("/")[2] not in kinds}
     # The weights that have adapters.
@@ -119,6 +126,7 @@ class Writer:
       "alpha_pattern": alphas,
       **fields,
       **self._write_full(),
+      **self._write_tokens(),
     }
 
   def _check(self, layer: str, weight: str) -> None:
@@ -207,6 +215,27 @@ class Writer:
       "bias": ("lora_only" if adapted else "all") if biases else "none",
       "ensure_weight_tying": tied,
     }
+
+  def _write_tokens(self) -> dict[str, Any]:
+    """The rows of tokens that are trained alone, which PEFT keeps whole, and the field for them."""
+    indices = {}
+    for path, delta in self._tokens.items():
+      if not self._base:
+        raise ValueError(
+          f"{path}: PEFT keeps trainable_tokens' whole rows; give save_adapter frozen"
+        )
+      for layer in {lora.module(path), *([lora.module(HEAD)] if self._tied else [])}:
+        if layer in self._weights:
+          raise ValueError(
+            f"{layer}: has an adapter, and trainable_tokens; PEFT has one or the other"
+          )
+      ids = np.asarray(self._fixed[f"{lora.module(path)}/token_ids"])
+      rows = np.asarray(lora.dense_part(self._base[path], ()))
+      rows = rows[ids] if path == TABLE else rows[:, ids].T
+      name = self._templates[path].removesuffix(".weight")
+      self.tensors[f"{PREFIX}{name}.{TOKEN_ROWS}"] = rows + np.asarray(delta, np.float32)
+      indices[self._short_name(path)] = ids.tolist()
+    return {"trainable_token_indices": indices} if indices else {}
 
   def _ties(self, saved: set[str]) -> bool:
     """Whether PEFT is to let a tied head read the table that was trained in full."""

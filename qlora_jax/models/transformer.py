@@ -476,7 +476,7 @@ class Transformer(nn.Module):
   def logits(self, hidden: jax.Array) -> jax.Array:
     """`[..., D] → [..., V]` float32: the head."""
     if self.config.tie_embeddings:
-      logits = self.head(hidden, self.embed.embedding)
+      logits = self.head(hidden, self.embed.embedding, self.embed.tokens)
     else:
       logits = self.head(hidden)
     cap = self.config.final_softcap

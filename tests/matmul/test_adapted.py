@@ -147,9 +147,12 @@ def test_a_layer_takes_it_where_it_is_served_and_says_the_same(monkeypatch):
   variables = {"params": params, "constants": constants, "frozen": frozen}
   apart = layer.apply(variables, x)
   calls = []
-  monkeypatch.setattr("qlora_jax.linen.fuses_adapter", lambda *args, **_: gpu.fuses_adapter(*args))
   monkeypatch.setattr(
-    "qlora_jax.linen.adapted_matmul", lambda *args: calls.append(args) or adapted_matmul(*args)
+    "qlora_jax.adapted_product.fuses_adapter", lambda *args, **_: gpu.fuses_adapter(*args)
+  )
+  monkeypatch.setattr(
+    "qlora_jax.adapted_product.adapted_matmul",
+    lambda *args: calls.append(args) or adapted_matmul(*args),
   )
   fused = layer.apply(variables, x)
   assert calls

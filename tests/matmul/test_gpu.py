@@ -274,6 +274,7 @@ def test_axes_that_are_not_manual_are_left_to_xla():
   assert "triton" not in text and "mosaic_gpu" not in text
 
 
+@pytest.mark.filterwarnings("ignore:quantized_matmul. a product of few rows dequantizes")
 def test_a_stack_that_indices_cannot_count_through_goes_one_by_one(monkeypatch):
   monkeypatch.setattr(api, "_MOST_INDICES", 4 * 128 * 8)
   spec = ArgumentSpec(256, 8, (3,), "float32")

@@ -207,7 +207,7 @@ def test_what_cudnn_does_not_serve(monkeypatch, change, reason):
   device = jax.sharding.AbstractDevice(
     device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
   )
-  monkeypatch.setattr(attention.gpu, "target", lambda: ("gpu", device))
+  monkeypatch.setattr(attention.target, "target", lambda: ("gpu", device))
   with pytest.raises(ValueError, match=reason):
     choose(dataclasses.replace(LONG, **change), "cudnn")
   assert choose(dataclasses.replace(LONG, **change)) != "cudnn"

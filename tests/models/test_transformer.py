@@ -414,12 +414,12 @@ def test_remat_changes_neither_values_nor_gradients_and_keeps_less():
   assert less < 0.7 * kept
 
 
-@pytest.mark.optimized
 def test_dropout_only_with_a_key():
   variables, tokens = variables_of(dropout=0.5), tokens_of(2, 12)
   apply = compiled()
   plain = apply(variables, tokens)
-  np.testing.assert_array_equal(plain, apply(variables_of(), tokens))
+  # Not to the bit: what drew the weights of either may have been compiled otherwise.
+  np.testing.assert_allclose(plain, apply(variables_of(), tokens), rtol=0, atol=2e-5)
 
   def dropped(seed):
     return apply(variables, tokens, rngs={"dropout": jax.random.key(seed)})
@@ -429,7 +429,7 @@ def test_dropout_only_with_a_key():
   assert float(jnp.abs(dropped(0) - plain).max()) > 1e-3
   # A key without a rate in constants drops nothing.
   without = apply(variables_of(), tokens, rngs={"dropout": jax.random.key(0)})
-  np.testing.assert_array_equal(plain, without)
+  np.testing.assert_allclose(plain, without, rtol=0, atol=2e-5)
 
 
 def test_each_layer_has_a_dropout_key_of_its_own():

@@ -15,6 +15,9 @@ QuantizedTensor `[..., K, N]` for each packed leaf; `params` and `constants` are
 the weights' paths. Below a key `layers` a stack that the function scans over is spoken of by
 virtual paths, as `tree_paths` has it; any other stack is one weight, whose layers share a rank.
 
+Experts under a `vmap` over an input of their own are matrices, with an adapter each; over one that
+all share, XLA has one product of all their columns, and so has this, with one adapter.
+
 A table that is looked up is laid out `[D, V]`, whether or not it is also the head: its blocks run
 along D, and both the lookup and the product read them. Its adapter changes the table, and so
 both (this library's own models tell the two apart).
@@ -133,6 +136,10 @@ class Adapted:
     for path in full:
       if path not in used:
         raise ValueError(f"params: {path}: fits no weight of the function")
+    layers = {lora.module(path) for path in self.specs}
+    for path in fixed:
+      if path.rpartition("/")[0] not in layers:
+        raise ValueError(f"constants: {path}: fits no weight of the function")
     jaxpr, constants, dynamic, tree = _trace(self, args, kwargs)
     results = evaluate(jaxpr, constants, [*operands, *dynamic])
     for value in results:

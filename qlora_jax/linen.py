@@ -108,7 +108,8 @@ class QDense(nn.Module):
     dtype: x, and the products' operands, are cast to it; products accumulate in float32.
     output_dtype: of y; `dtype` where None.
     implementation: of `quantized_matmul`.
-    partition: under a mesh, how W is cut (`matmul.sharded`); None leaves it to XLA.
+    partition: under a mesh, how W is cut (`matmul.sharded`); None, and what that does not serve,
+      is left to XLA.
     kernel_init: for `init` alone.
   """
 
@@ -126,10 +127,13 @@ class QDense(nn.Module):
     x = x.astype(self.dtype)
     output_dtype = self.dtype if self.output_dtype is None else self.output_dtype
     kernel: Any = weight(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
-    partition = self.partition if sharded.serves(kernel) else None
+    partition = self.partition
+
+    def shared_out(x: jax.Array) -> bool:
+      return partition is not None and sharded.unsupported(x, kernel, partition) is None
 
     def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-      if partition is not None:
+      if partition is not None and shared_out(x):
         y = sharded.sharded_matmul(x, kernel, partition, implementation=self.implementation)
         return y.astype(dtype)
       if isinstance(kernel, AnyQuantizedTensor):
@@ -137,7 +141,7 @@ class QDense(nn.Module):
       return _matmul(dtype, x, kernel.astype(x.dtype))
 
     # Over a mesh the adapter's products are XLA's to share out.
-    fusible = kernel if partition is None else None
+    fusible = None if shared_out(x) else kernel
     y = _with_adapter(self, x, output_dtype, project, fusible)
     if self.use_bias:
       bias = plain_weight(self, "bias", nn.initializers.zeros_init(), (self.features,))
@@ -432,7 +436,9 @@ def adapt(
       adapters=adapters,
       key=key,
       exclude=lambda path: (
-        "of a recurrent cell" if any(path.startswith(f"{cell}/") for cell in cells) else None
+        "of a recurrent cell"
+        if isinstance(module, nn.RNNCellBase) or any(path.startswith(f"{cell}/") for cell in cells)
+        else None
       ),
       **kwargs,
     )

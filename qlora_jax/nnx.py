@@ -190,7 +190,10 @@ def adapt(
     adapters=adapters,
     key=key,
     exclude=lambda path: (
-      "of a recurrent cell" if any(path.startswith(f"{cell}/") for cell in cells) else None
+      # The model itself may be a cell: its path is empty.
+      "of a recurrent cell"
+      if any(not cell or path.startswith(f"{cell}/") for cell in cells)
+      else None
     ),
     **kwargs,
   )

@@ -128,8 +128,7 @@ def _scan(eqn: core.JaxprEqn, own: list[Any]) -> Sequence[Any]:
   for value in own[num_unsliced:]:
     if isinstance(value, Value):
       inner = enter_scan(value)
-      axis = value.dims[0][0][0]
-      if inner is None or axis not in value.leading:
+      if inner is None or (axis := value.dims[0][0][0]) not in value.leading:
         raise unserved(value, "read by scan")
       place = value.leading.index(axis)
       inside.append(inner)
@@ -213,6 +212,10 @@ def _precision(eqn: core.JaxprEqn) -> contextlib.AbstractContextManager:
   precision = eqn.params["precision"]
   if isinstance(precision, tuple):
     precision = max(precision, key=lambda each: getattr(each, "value", 0))
+  if not isinstance(precision, jax.lax.Precision | None):
+    raise ValueError(
+      f"precision {precision} of a product with a packed weight; a jax.lax.Precision is wanted"
+    )
   if isinstance(precision, jax.lax.Precision) and precision != jax.lax.Precision.DEFAULT:
     return jax.default_matmul_precision(precision.name.lower())
   return contextlib.nullcontext()
@@ -221,6 +224,9 @@ def _precision(eqn: core.JaxprEqn) -> contextlib.AbstractContextManager:
 def _product(data: Mapping[str, Any], x: jax.Array, *, path: str, dtype: Any) -> jax.Array:
   """x `[..., K]` times one matrix, with its adapter."""
   kernel = data["kernel"]
+  if is_quantized(kernel) and jnp.dtype(dtype).itemsize > x.dtype.itemsize:
+    # A wider result was asked for, and a packed product's has x's dtype.
+    x = x.astype(dtype)
 
   def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     if is_quantized(kernel):

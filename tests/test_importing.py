@@ -295,3 +295,23 @@ def test_configs_and_layouts_are_pickled(config):
 def test_adapters_need_a_key():
   with pytest.raises(ValueError, match="adapters without a key"):
     adapt(custom, {"w": random(16, 16)}, random(3, 16), adapters=LORA)
+
+
+def test_a_wider_result_is_not_rounded_on_the_way():
+  def wide(w, x):
+    return jnp.dot(x, w["w"].astype(x.dtype), preferred_element_type=jnp.float32)
+
+  weights, x = {"w": random(16, 8)}, random(4, 16, dtype=jnp.bfloat16)
+  adapted, frozen, params, constants = adapted_of(wide, weights, x)
+  y = adapted.apply({"frozen": frozen, "params": params, "constants": constants}, x)
+  assert y.dtype == jnp.float32
+  assert (y != y.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.5
+  np.testing.assert_allclose(y, x.astype(jnp.float32) @ ql.dequantize(frozen["w"]), rtol=1e-4)
+
+
+def test_constants_that_fit_nothing_are_refused():
+  weights, x = {"w": random(16, 8)}, random(4, 16)
+  adapted, frozen, params, constants = adapted_of(lambda w, x: x @ w["w"], weights, x)
+  stray = {**constants, "other": {"scaling": jnp.ones(())}}
+  with pytest.raises(ValueError, match="constants: other/scaling: fits no weight"):
+    adapted.apply({"frozen": frozen, "params": params, "constants": stray}, x)

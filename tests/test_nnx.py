@@ -122,6 +122,14 @@ def test_a_module_runs_as_it_is():
   assert again.embed.embedding.get_value().shape == (20, WIDTH)
 
 
+def test_a_module_that_is_a_cell_is_left_alone():
+  cell = fnnx.LSTMCell(8, 8, rngs=fnnx.Rngs(0))
+  x = jnp.ones((2, 8))
+  carry = cell.initialize_carry(x.shape, fnnx.Rngs(0))
+  with pytest.raises(ValueError, match="of a recurrent cell"):
+    nnx.adapt(cell, carry, x, quantize={"*": PACK}, key=jax.random.key(1))
+
+
 def test_training_sees_the_adapters_alone(tmp_path):
   _, adapted = adapted_model()
   with jax.numpy_dtype_promotion("standard"):

@@ -99,7 +99,10 @@ def vmem_bytes(compiled: Any) -> int:
   """What the largest kernel of a program takes of VMEM, as the compiler wrote it beside it."""
   pattern = r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"'
   kernels = [line for line in compiled.as_text().splitlines() if "tpu_custom_call" in line]
-  return max(int(size) for line in kernels for size in re.findall(pattern, line))
+  sizes = [int(size) for line in kernels for size in re.findall(pattern, line)]
+  if not sizes:
+    raise RuntimeError(f"no kernel with {pattern!r}: the text is another than libtpu 0.0.48's")
+  return max(sizes)
 
 
 # Ways to look a code up. Each takes `word` `[8, 128]`, bytes of two codes with their signs, the

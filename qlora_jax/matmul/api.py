@@ -56,7 +56,7 @@ def quantized_matmul(
 
   Args:
     x: `[..., K]`, bfloat16, float16 or float32. Products accumulate in float32; of float32 x they
-      have JAX's default precision, which on a GPU is TF32.
+      have JAX's default precision, which on a GPU is TF32, on a TPU bfloat16.
     w: `[K, N]`, no leading axes: `vmap` or `scan` over a stack.
     implementation: a name in the registry ("gpu", "tpu", "xla"); None takes the first of them that
       serves the case on JAX's default device.

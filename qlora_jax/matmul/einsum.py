@@ -20,7 +20,8 @@ def quantized_einsum(
 
   The packed one stands for `[..., K, N]`. Its letter of K is contracted with the other operand; its
   leading letters may be batches, contracted too, or its own alone (experts). Products are
-  `quantized_matmul`'s, one for each matrix; what else is summed is summed in float32.
+  `quantized_matmul`'s, one for each matrix, in the array's dtype; what else is summed is summed in
+  float32, of those.
 
   Args:
     equation: as of einsum. "..." may stand in the plain operand, and the output.
@@ -122,7 +123,7 @@ def _transposition(x_term: str, w_term: str, out: str) -> str:
   *leading, k, n = w_term
   why = f"the packed {w_term!r} has its blocks along {k!r}"
   contracted = [letter for letter in w_term if letter in x_term and letter not in out]
-  if n in contracted:
+  if n in contracted and k not in contracted:
     return (
       f"{why}, and {n!r} is contracted; quantize jnp.swapaxes(w, -1, -2) and write "
       f"{''.join([*leading, n, k])!r} for it"

@@ -3,7 +3,9 @@
 Kernels see local arrays alone, and `custom_partitioning` has no batching rule, so a layer wraps its
 product in a `shard_map`. A weight is cut along "fsdp", which is gathered again, packed, where it is
 multiplied; and along "tensor", which stays cut: along N it cuts the result, along K the result is a
-sum over the devices. Rows of x are cut along "data" and "fsdp".
+sum over the devices, each of whose parts is rounded to x's dtype. Rows of x are cut along "data"
+and "fsdp". What the backward pass keeps is the gathered weight, packed: rematerialize the layer,
+and it is gathered again.
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ from qlora_jax.quantized_tensor import (
   GROUP,
   NestedScales,
   QuantizedTensor,
+  TwoLevelScales,
   restore_scales,
 )
 
@@ -30,40 +33,64 @@ COLUMNS: Partition = ("fsdp", "tensor")
 ROWS: Partition = ("tensor", "fsdp")
 
 
-def serves(w: Any) -> bool:
-  """Whether there is a mesh to share a product out over, and a weight that can be cut."""
+def unsupported(x: Any, w: Any, partition: Partition) -> str | None:
+  """Why `sharded_matmul` cannot share this product out, or None. Of x, the shape is read.
+
+  A layer leaves such a product to XLA, as it does all of them where there is no mesh.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  automatic = not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual
-  return automatic and isinstance(w, QuantizedTensor)
+  if mesh.empty or mesh.size == 1:
+    return "there is no mesh of several devices"
+  if any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+    return "the mesh has axes that are manual or explicit"
+  if not isinstance(w, QuantizedTensor) or w.column_tables:
+    return "the weight is none of plain codes with one table"
+  if x.ndim < 2 or x.shape[0] % math.prod(mesh.shape[name] for name in _present(_BATCH)):
+    return (
+      f"x {list(x.shape)}: its first axis is not cut evenly along {', '.join(_present(_BATCH))}"
+    )
+  return _uncut(w, partition)
+
+
+def _present(names: tuple[str, ...]) -> tuple[str, ...]:
+  """Those along which the mesh has several devices."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(name for name in names if mesh.shape.get(name, 1) > 1)
+
+
+def _uncut(w: QuantizedTensor, partition: Partition) -> str | None:
+  """Why the mesh cannot cut a weight so, or None."""
+  mesh = jax.sharding.get_abstract_mesh()
+  k, n = w.shape[-2:]
+  unit = math.lcm(GROUP, w.block_size)
+  k_axis, n_axis = partition
+  if k_axis in _present(partition) and k % (unit * mesh.shape[k_axis]):
+    return (
+      f"K = {k} cut in {mesh.shape[k_axis]} along {k_axis!r}: a part is a multiple of {unit}, "
+      f"whole groups of {GROUP} rows and blocks of {w.block_size}"
+    )
+  if n_axis in _present(partition) and n % mesh.shape[n_axis]:
+    return f"N = {n} cut in {mesh.shape[n_axis]} along {n_axis!r}, which do not divide it"
+  return None
 
 
 def weight_specs(w: QuantizedTensor, partition: Partition, leading: int = 0) -> QuantizedTensor:
   """The PartitionSpec of each leaf of a weight, or of a stack with so many leading axes.
 
-  Codes, scales and zero-points are cut alike. What is replicated: levels, and of double
-  quantization the absmax and the offset.
+  Codes, scales and zero-points are cut alike. What is replicated: levels, and of scales that are
+  quantized again what blocks share.
 
   Raises:
     ValueError: a cut through a group of packed rows or through a block; the message has the rule.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  k_axis, n_axis = (name if mesh.shape.get(name, 1) > 1 else None for name in partition)
-  k, n = w.shape[-2:]
-  unit = math.lcm(GROUP, w.block_size)
-  if k_axis and k % (unit * mesh.shape[k_axis]):
-    raise ValueError(
-      f"K = {k} cut in {mesh.shape[k_axis]} along {k_axis!r}: a part is a multiple of {unit}, "
-      f"whole groups of {GROUP} rows and blocks of {w.block_size}"
-    )
-  if n_axis and n % mesh.shape[n_axis]:
-    raise ValueError(
-      f"N = {n} cut in {mesh.shape[n_axis]} along {n_axis!r}, which do not divide it"
-    )
+  if reason := _uncut(w, partition):
+    raise ValueError(reason)
+  k_axis, n_axis = (name if name in _present(partition) else None for name in partition)
   cut = P(*[None] * leading, k_axis, n_axis)
   whole = jax.tree.map(lambda leaf: P(), w)
   scales = cut
-  if isinstance(w.scales, NestedScales):
-    scales = dataclasses.replace(w.scales, codes=cut, absmax=P(), offset=P())
+  if isinstance(w.scales, NestedScales | TwoLevelScales):
+    scales = dataclasses.replace(jax.tree.map(lambda leaf: P(), w.scales), codes=cut)
   zero = None if w.zero is None else cut
   return dataclasses.replace(whole, codes=cut, scales=scales, zero=zero)
 
@@ -84,16 +111,15 @@ def sharded_matmul(
     `[B, ..., N]` in x's dtype.
 
   Raises:
-    ValueError: see `weight_specs` and `quantized_matmul`.
+    ValueError: what `unsupported` says; see also `quantized_matmul`.
   """
-  mesh = jax.sharding.get_abstract_mesh()
+  if reason := unsupported(x, w, partition):
+    raise ValueError(f"sharded_matmul: {reason}")
   # The map of nested scales goes by where a block lies in the whole weight.
   w = jax.lax.stop_gradient(dataclasses.replace(w, scales=restore_scales(w.scales)))
   specs = weight_specs(w, partition)
   k_axis, n_axis = specs.codes
-  batch = tuple(name for name in _BATCH if mesh.shape.get(name, 1) > 1)
-  if x.shape[0] % math.prod(mesh.shape[name] for name in batch):
-    batch = ()  # an adapter's own columns, of which DoRA takes the product, are few
+  batch = _present(_BATCH)
   middle = [None] * (x.ndim - 2)
 
   def local(x, w):

@@ -14,6 +14,8 @@ from qlora_jax.quantized_tensor import GROUP, AnyQuantizedTensor, QuantizedTenso
 
 # Of a K that 128 does not divide: its planes are one tile.
 _MOST_RAGGED = 8192
+# Of a weight whose scales are written down for each of its rows, in float32.
+_MOST_BY_ROW = 2**20
 
 
 def unsupported(x: Any, w: AnyQuantizedTensor) -> str | None:
@@ -22,9 +24,17 @@ def unsupported(x: Any, w: AnyQuantizedTensor) -> str | None:
     return reason
   if x.dtype == jnp.float16:
     return "x is float16; a TPU multiplies bfloat16 and float32"
+  assert isinstance(w, QuantizedTensor)
   k = w.shape[0]
   if k % GROUP and k > _MOST_RAGGED:
     return f"K = {k}, which {GROUP} does not divide: at most {_MOST_RAGGED} of those"
+  from qlora_jax.matmul import tpu_tiles
+
+  if w.size > _MOST_BY_ROW and tpu_tiles.Layout.of(w, tpu_tiles.Tiles()).block == 0:
+    return (
+      f"K = {k} in blocks of {w.block_size}, which do not fall on its tiles: each row's scales "
+      f"would be written down, of more than {_MOST_BY_ROW} weights"
+    )
   return None
 
 

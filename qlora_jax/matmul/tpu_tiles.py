@@ -6,8 +6,8 @@ dequantized weight is written to HBM. The input gradient decodes the same tiles,
 
 The decode is by sublane: a table of 16 levels lies along the 8 sublanes of two registers, the low
 three bits of a code pick a sublane in each, and the fourth chooses. It takes the fewest bundles of
-the compiler's schedule, on every generation (`python -m experiments.bench.tpu_schedule` counts
-it beside those that were not taken).
+the compiler's schedule, on every generation (`python -m experiments.bench.tpu_compile --parts
+decodes` counts it beside those that were not taken).
 """
 
 import dataclasses

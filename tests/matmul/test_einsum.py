@@ -65,6 +65,7 @@ def test_a_gradient_and_a_dtype():
     ("tn,kn->tk", "tn", "kn", "quantize jnp.swapaxes(w, -1, -2) and write 'nk' for it"),
     ("ek,ken->en", "ek", "ken", "quantize jnp.moveaxis(w, 0, -2) and write 'ekn' for it"),
     ("bkn,kn->bn", "bkn", "kn", "no way to pack it serves this"),
+    ("bkn,kn->b", "bkn", "kn", "no way to pack it serves this"),
     ("tk,kn->tkn", "tk", "kn", "no way to pack it serves this"),
     ("tk,kn,kn->tn", "tk", "kn", "an equation of two operands"),
     ("tk,kn->tm", "tk", "kn", "output 'tm'; the operands' letters, once"),

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax import lora, quantized_matmul
+from qlora_jax import lora, quantize, quantized_matmul
 from qlora_jax.linen import QDense
 from qlora_jax.matmul import sharded
 from qlora_jax.matmul.specs import ArgumentSpec
@@ -78,6 +78,40 @@ def test_a_layer_with_an_adapter():
     found = jax.jit(jax.value_and_grad(loss))(params["up"], {"kernel": w}, x)
   for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("rows", "k", "codebook", "kind", "reason"),
+  [
+    (3, 512, "nf4", "Auto", "its first axis is not cut evenly along fsdp"),
+    (4, 384, "nf4", "Auto", "K = 384 cut in 2"),
+    (4, 512, "any4", "Auto", "plain codes with one table"),
+    (4, 512, "nf4", "Explicit", "manual or explicit"),
+  ],
+)
+def test_what_it_does_not_serve_is_left_to_xla(rows, k, codebook, kind, reason):
+  spec = ArgumentSpec(k, 256, (rows, 2), codebook=codebook)
+  x, w = spec.x(jax.random.key(0)), spec.w(jax.random.key(1))
+  layer = QDense(256, dtype=jnp.float32, partition=sharded.COLUMNS)
+  apply = jax.jit(lambda w, x: layer.apply({"frozen": {"kernel": w}}, x))
+  expected = apply(w, x)
+  kinds = (getattr(jax.sharding.AxisType, kind),) * 2
+  with jax.set_mesh(jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=kinds)):
+    assert reason in str(sharded.unsupported(x, w, sharded.COLUMNS))
+    with pytest.raises(ValueError, match=f"sharded_matmul: .*{reason}"):
+      jax.jit(functools.partial(sharded.sharded_matmul, partition=sharded.COLUMNS))(x, w)
+    # As if the layer had none.
+    if kind == "Auto":
+      np.testing.assert_allclose(apply(w, x), expected, rtol=2e-5, atol=2e-4)
+
+
+def test_scales_of_two_levels_are_cut_with_the_codes():
+  w = quantize(jnp.ones((512, 256)), codebook="nvfp4", block_size=16, double_quantization=False)
+  with jax.set_mesh(mesh()):
+    cuts = sharded.weight_specs(w, sharded.ROWS)
+  # A tree of the weight's own structure.
+  scales: Any = jax.tree.map(lambda leaf, cut: cut, w, cuts).scales
+  assert (scales.codes, scales.factor) == (P("tensor", "fsdp"), P())
 
 
 def test_cuts_through_a_group_are_refused():

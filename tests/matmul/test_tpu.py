@@ -163,6 +163,8 @@ def test_a_tpu_takes_the_kernel_and_others_are_refused():
     assert api.choose(half, w) == "xla"
     long = jax.eval_shape(lambda: ArgumentSpec(8200, 16).w(jax.random.key(0)))
     assert "K = 8200, which 128 does not divide" in str(tpu.unsupported(x, long))
+    odd = jax.eval_shape(lambda: ArgumentSpec(2048, 1024, block_size=96).w(jax.random.key(0)))
+    assert "in blocks of 96, which do not fall on its tiles" in str(tpu.unsupported(x, odd))
     columns = dataclasses.replace(w, levels=jax.ShapeDtypeStruct((16, 16), jnp.float32))
     assert "a table for each output" in str(tpu.unsupported(x, columns))
 

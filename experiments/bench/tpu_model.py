@@ -44,9 +44,9 @@ class Chip:
 
 
 # Peaks, bandwidths and TensorCores: https://docs.cloud.google.com/tpu/docs/v5e, and of the others
-# the table of https://docs.cloud.google.com/tpu/docs/tpu7x. The matrix units of v5e and v5p are four of
-# 128 × 128. Those of v6e and TPU7x are taken to do 2^18 products a cycle, an assumption: at the
-# clock that follows, a full schedule reaches the published peak.
+# the table of https://docs.cloud.google.com/tpu/docs/tpu7x. The matrix units of v5e and v5p are
+# four of 128 × 128. Those of v6e and TPU7x are taken to do 2^18 products a cycle, an assumption: at
+# the clock that follows, a full schedule reaches the published peak.
 CHIPS = {
   "v5e": Chip(197e12, 819e9, cores=1, products=4 * 128**2),
   "v5p": Chip(459e12, 2765e9, cores=2, products=4 * 128**2),

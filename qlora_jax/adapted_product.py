@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qlora_jax import lora
-from qlora_jax.matmul import adapted_matmul, fuses_adapter
+from qlora_jax.matmul import adapted_matmul, fuses_adapter, quantized_matmul
 from qlora_jax.quantized_tensor import AnyQuantizedTensor
 
 # What an adapter may have at its layer's path: in params, and in constants.
@@ -32,6 +32,24 @@ def scaling_of(name: str, constants: Mapping[str, jax.Array]) -> jax.Array:
       "pass the constants that lora.init returned with it"
     )
   return constants["scaling"]
+
+
+def projection(
+  kernel: Any, implementation: str | None = None
+) -> Callable[[jax.Array, DTypeLike], jax.Array]:
+  """The product with a weight, packed or plain, as `adapted_product` takes it.
+
+  Args:
+    kernel: W `[K, N]`.
+    implementation: of `quantized_matmul`.
+  """
+
+  def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    if isinstance(kernel, AnyQuantizedTensor):
+      return quantized_matmul(x, kernel, implementation=implementation).astype(dtype)
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.dtype(dtype))
+
+  return project
 
 
 def adapted_product(

@@ -19,12 +19,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from qlora_jax import einsum_layer, importing, lora
-from qlora_jax.adapted_product import adapted_product, row
+from qlora_jax.adapted_product import adapted_product, projection, row
 from qlora_jax.lora import LoRAConfig
-from qlora_jax.matmul import quantized_matmul
 from qlora_jax.packed_evaluation import for_all
 from qlora_jax.quantization import QuantizationConfig, Treatment, quantize_tree
-from qlora_jax.quantized_tensor import is_quantized
 
 Initializer = Callable[..., jax.Array]
 
@@ -301,16 +299,11 @@ class QLinear(_Product):
     x = x.astype(self.dtype)
     kernel = self.kernel.get_value()
 
-    def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-      if is_quantized(kernel):
-        return quantized_matmul(x, kernel, implementation=self.implementation).astype(dtype)
-      return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.dtype(dtype))
-
     y = adapted_product(
       x,
       _values(self.adapter),
       _values(self.constants),
-      project,
+      projection(kernel, self.implementation),
       dtype=self.dtype,
       kernel=kernel,
       dropout_key=dropout_key,

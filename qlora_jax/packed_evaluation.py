@@ -15,11 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.typing import DTypeLike
 
 from qlora_jax import lora, tree_paths
-from qlora_jax.adapted_product import adapted_product
-from qlora_jax.matmul import quantized_matmul
+from qlora_jax.adapted_product import adapted_product, projection
 from qlora_jax.quantization import dequantize
 from qlora_jax.quantized_tensor import QuantizedTensor, is_quantized, restore_scales
 from qlora_jax.weight_uses import (
@@ -117,15 +115,14 @@ def _without(value: Value, axis: int, index: Any, dims: Dims) -> Value:
 
 
 def _scan(eqn: core.JaxprEqn, own: list[Any]) -> Sequence[Any]:
-  sliced, num_carried = scanned(eqn)
-  num_unsliced = sliced.index(True) if True in sliced else len(sliced)
-  constants = own[: num_unsliced - num_carried]
-  carry = own[num_unsliced - num_carried : num_unsliced]
+  num_constants, num_carried = scanned(eqn)
+  first_sliced = num_constants + num_carried
+  constants, carry = own[:num_constants], own[num_constants:first_sliced]
   for value in carry:
     if isinstance(value, Value):
       raise unserved(value, "carried by a loop")
   body, inside, xs = _closed(eqn.params["jaxpr"]), [], []
-  for value in own[num_unsliced:]:
+  for value in own[first_sliced:]:
     if isinstance(value, Value):
       inner = enter_scan(value)
       if inner is None or (axis := value.dims[0][0][0]) not in value.leading:
@@ -227,17 +224,11 @@ def _product(data: Mapping[str, Any], x: jax.Array, *, path: str, dtype: Any) ->
   if is_quantized(kernel) and jnp.dtype(dtype).itemsize > x.dtype.itemsize:
     # A wider result was asked for, and a packed product's has x's dtype.
     x = x.astype(dtype)
-
-  def project(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    if is_quantized(kernel):
-      return quantized_matmul(x, kernel).astype(dtype)
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.dtype(dtype))
-
   return adapted_product(
     x,
     data["params"],
     data["constants"],
-    project,
+    projection(kernel),
     dtype=dtype,
     kernel=kernel,
     dropout_key=data.get("dropout_key"),

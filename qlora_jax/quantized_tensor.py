@@ -17,6 +17,7 @@ each plane; the three bytes lie in three consecutive runs of rows.
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -91,8 +92,29 @@ _register(TwoLevelScales, ["codes", "factor"], [])
 Scales = jax.Array | NestedScales | TwoLevelScales
 
 
+class _Counted:
+  """What a weight takes, of whatever leaves it has."""
+
+  if TYPE_CHECKING:
+
+    @property
+    def size(self) -> int:
+      """Weights, without padding."""
+      ...
+
+  @property
+  def nbytes(self) -> int:
+    """Of all leaves: codes with their padding, scales, zero-points, tables, what is beside them."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+  @property
+  def bits_per_param(self) -> float:
+    """8 · nbytes / size."""
+    return 8 * self.nbytes / self.size
+
+
 @dataclasses.dataclass(frozen=True)
-class QuantizedTensor:
+class QuantizedTensor(_Counted):
   """A packed weight; `w ≈ (levels[code] − zero) · scale`. Made by `quantize`.
 
   Nothing is validated here, since tree transforms put all kinds of things in the leaves;
@@ -139,88 +161,19 @@ class QuantizedTensor:
     """Weights, without padding."""
     return math.prod(self.shape)
 
-  @property
-  def nbytes(self) -> int:
-    """Of all leaves: codes with their padding, scales, zero-points, tables."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-  @property
-  def bits_per_param(self) -> float:
-    """8 · nbytes / size."""
-    return 8 * self.nbytes / self.size
-
 
 _register(QuantizedTensor, ["codes", "scales", "levels", "zero"], ["bits", "block_size", "padding"])
 
 
-@dataclasses.dataclass(frozen=True)
-class FlatQuantizedTensor:
-  """A weight whose blocks cross from output to output, as bitsandbytes has them where B ∤ K.
+class _Wrapper(_Counted):
+  """What is the same of a weight that holds a packed one, `inner`."""
 
-  It is read from such files, dequantized and written again code for code. Products decode it
-  whole: only a weight that is imported has this form.
+  if TYPE_CHECKING:
 
-  Attributes:
-    flat: `[..., N · K, 1]`, the weight in torch's order, `[out, in]` row by row.
-    features: N, remembered: the arrays do not tell it.
-  """
-
-  flat: QuantizedTensor
-  features: int
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Of the weight that is stood for, `[..., K, N]`."""
-    *leading, count, _ = self.flat.shape
-    return (*leading, count // self.features, self.features)
-
-  @property
-  def ndim(self) -> int:
-    return self.flat.ndim
-
-  @property
-  def size(self) -> int:
-    """Weights."""
-    return self.flat.size
-
-  @property
-  def nbytes(self) -> int:
-    """As QuantizedTensor's."""
-    return self.flat.nbytes
-
-  @property
-  def bits_per_param(self) -> float:
-    """As QuantizedTensor's."""
-    return self.flat.bits_per_param
-
-  @property
-  def bits(self) -> int:
-    """Of a code."""
-    return self.flat.bits
-
-  @property
-  def block_size(self) -> int:
-    """Weights in a row that share a scale."""
-    return self.flat.block_size
-
-  @property
-  def scales(self) -> Scales:
-    """Of the flat blocks."""
-    return self.flat.scales
-
-  @property
-  def levels(self) -> jax.Array:
-    """The table."""
-    return self.flat.levels
-
-
-_register(FlatQuantizedTensor, ["flat"], ["features"])
-
-
-class _Wrapper:
-  """What is the same of a weight that wraps a packed one."""
-
-  inner: "QuantizedTensor | RotatedQuantizedTensor"
+    @property
+    def inner(self) -> "QuantizedTensor | RotatedQuantizedTensor":
+      """What is wrapped."""
+      ...
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -235,16 +188,6 @@ class _Wrapper:
   def size(self) -> int:
     """Weights."""
     return self.inner.size
-
-  @property
-  def nbytes(self) -> int:
-    """Of all leaves, of what is wrapped and of what is beside it."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-  @property
-  def bits_per_param(self) -> float:
-    """8 · nbytes / size."""
-    return 8 * self.nbytes / self.size
 
   @property
   def bits(self) -> int:
@@ -265,6 +208,36 @@ class _Wrapper:
   def levels(self) -> jax.Array:
     """The table."""
     return self.inner.levels
+
+
+@dataclasses.dataclass(frozen=True)
+class FlatQuantizedTensor(_Wrapper):
+  """A weight whose blocks cross from output to output, as bitsandbytes has them where B ∤ K.
+
+  It is read from such files, dequantized and written again code for code. Products decode it
+  whole: only a weight that is imported has this form.
+
+  Attributes:
+    flat: `[..., N · K, 1]`, the weight in torch's order, `[out, in]` row by row.
+    features: N, remembered: the arrays do not tell it.
+  """
+
+  flat: QuantizedTensor
+  features: int
+
+  @property
+  def inner(self) -> QuantizedTensor:
+    """`flat`."""
+    return self.flat
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the weight that is stood for, `[..., K, N]`."""
+    *leading, count, _ = self.flat.shape
+    return (*leading, count // self.features, self.features)
+
+
+_register(FlatQuantizedTensor, ["flat"], ["features"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +289,7 @@ def is_quantized(x: object) -> bool:
 def innermost(w: AnyQuantizedTensor) -> QuantizedTensor:
   """The codes of a weight, without what is flat about it or wrapped around it."""
   while not isinstance(w, QuantizedTensor):
-    w = w.flat if isinstance(w, FlatQuantizedTensor) else w.inner
+    w = w.inner
   return w
 
 

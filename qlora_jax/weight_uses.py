@@ -205,8 +205,8 @@ BODIES = {
 }
 
 
-def scanned(eqn: core.JaxprEqn) -> tuple[list[bool], int]:
-  """Which operands of a scan are sliced, and how many of its results are carried.
+def scanned(eqn: core.JaxprEqn) -> tuple[int, int]:
+  """How many operands of a scan are constants, and how many are carried; the rest are sliced.
 
   By the shapes: the parameters that say so differ between versions of JAX.
   """
@@ -219,7 +219,8 @@ def scanned(eqn: core.JaxprEqn) -> tuple[list[bool], int]:
     len(aval(out).shape) == len(aval(inner).shape)
     for out, inner in zip(eqn.outvars, body.outvars, strict=True)
   ]
-  return sliced, sum(carried)
+  unsliced = sliced.index(True) if True in sliced else len(sliced)
+  return unsliced - sum(carried), sum(carried)
 
 
 def enter_scan(value: Value) -> Value | None:
@@ -272,14 +273,13 @@ def seek(jaxpr: Any, values: Sequence[Value | None], uses: dict[str, Uses]) -> l
       results = seek(opened(eqn.params[BODIES[name]])[0], own, uses)
       env |= {v: out for v, out in zip(eqn.outvars, results, strict=True) if out is not None}
     elif name == "scan":
-      sliced, num_carried = scanned(eqn)
-      num_constants = sliced.index(True) if True in sliced else len(sliced)
-      num_constants -= num_carried
-      refuse(own[num_constants : num_constants + num_carried], "carried by a loop")
-      own[num_constants : num_constants + num_carried] = [None] * num_carried
+      num_constants, num_carried = scanned(eqn)
+      first_sliced = num_constants + num_carried
+      refuse(own[num_constants:first_sliced], "carried by a loop")
+      own[num_constants:first_sliced] = [None] * num_carried
       inner = [
-        enter_scan(value) if value is not None and cut else value
-        for value, cut in zip(own, sliced, strict=True)
+        enter_scan(value) if value is not None and i >= first_sliced else value
+        for i, value in enumerate(own)
       ]
       refuse([a for a, b in zip(own, inner, strict=True) if b is None], why)
       refuse(seek(opened(eqn.params["jaxpr"])[0], inner, uses), "returned by a loop")

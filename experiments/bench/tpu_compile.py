@@ -38,6 +38,7 @@ from experiments.bench.train_step import architecture
 from qlora_jax import lora, tree_paths
 from qlora_jax.hf import checkpoint
 from qlora_jax.matmul import quantized_matmul, sharded, specs, tpu_tiles
+from qlora_jax.memory import step_bytes
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import init_state, make_train_step
@@ -237,10 +238,7 @@ def measure_step(chip: str, model_name: str, implementation: str | None) -> dict
     "kernels": compiled.as_text().count("tpu_custom_call"),
     "argument_bytes": memory.argument_size_in_bytes,
     "temporary_bytes": memory.temp_size_in_bytes,
-    "bytes_a_chip": memory.argument_size_in_bytes
-    + memory.temp_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes,
+    "bytes_a_chip": step_bytes(compiled),
   }
 
 

@@ -102,13 +102,11 @@ class Schedule:
       first or the last step alone is apart.
     units: what those bundles ask of each unit ("VALU", "XLU", "MATMUL", …), summed.
     slots: how much of each a bundle can hold.
-    all_bundles: of the whole kernel.
   """
 
   bundles: int
   units: dict[str, int]
   slots: dict[str, int]
-  all_bundles: int
 
 
 def schedule(kernel: str) -> Schedule:
@@ -135,7 +133,6 @@ def schedule(kernel: str) -> Schedule:
     bundles=last - first,
     units=dict(zip(units, rows[first:last].sum(0).tolist(), strict=True)),
     slots=dict(zip(units, map(int, sizes.split()), strict=True)),
-    all_bundles=len(rows),
   )
 
 

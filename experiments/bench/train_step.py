@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import qlora_jax as ql
@@ -176,14 +177,53 @@ def build(row: Row) -> tuple[Any, Any, Any, Any]:
   optimizer = optax.adamw(2e-4)
   params, constants = lora.init(jax.random.key(1), frozen, lora.LoRAConfig(rank=16))
   state = init_state(params, constants, optimizer, seed=0, dtype=model.dtype)
-  shape = (1, row.batch_size, row.seq_len)
-  tokens = jax.random.randint(jax.random.key(2), shape, 0, config.vocab_size)
-  batch = {
+  batch = random_batch((1, row.batch_size, row.seq_len), config.vocab_size)
+  return make_train_step(model, optimizer), state, frozen, batch
+
+
+def random_batch(shape: tuple[int, ...], vocab_size: int) -> dict[str, jax.Array]:
+  """Random tokens `[..., A, B, T]` and what follows them, as a step takes them."""
+  tokens = jax.random.randint(jax.random.key(2), shape, 0, vocab_size)
+  return {
     "tokens": tokens,
     "targets": jnp.roll(tokens, -1, -1),
     "loss_mask": jnp.ones(shape, bool),
   }
-  return make_train_step(model, optimizer), state, frozen, batch
+
+
+def timed(
+  compiled: Any, state: Any, rest: Sequence[Any], seconds_a_group: float
+) -> tuple[list[np.ndarray], list[float], np.ndarray]:
+  """Repeats a step on one batch, so that its loss must fall.
+
+  Args:
+    compiled: `(state, *rest) → (state, metrics)`, which takes over the state.
+    seconds_a_group: about how long a group of steps, which is timed as a whole, shall take.
+
+  Returns:
+    Losses after each step of the warm-up and each group, `[trials]` (one of a single training);
+    seconds a step of each group; the last gradient norms.
+
+  Raises:
+    RuntimeError: a loss that did not fall, or a gradient of zero.
+  """
+  losses, groups, metrics, seconds = [], [], {}, 0.0
+  for _ in range(_WARM_UP):
+    start = time.perf_counter()
+    state, metrics = compiled(state, *rest)
+    losses.append(np.asarray(metrics["loss"]).reshape(-1))
+    seconds = time.perf_counter() - start
+  steps = max(1, round(seconds_a_group / seconds))
+  for _ in range(_GROUPS):
+    start = time.perf_counter()
+    for _ in range(steps):
+      state, metrics = compiled(state, *rest)
+    losses.append(np.asarray(metrics["loss"]).reshape(-1))
+    groups.append((time.perf_counter() - start) / steps)
+  norms = np.asarray(metrics["grad_norm"]).reshape(-1)
+  if not (losses[-1] < losses[0]).all() or not (norms > 0).all():
+    raise RuntimeError(f"losses {losses}, gradient norms {norms}: what is trained does not learn")
+  return losses, groups, norms
 
 
 def measure(row: Row) -> dict[str, Any]:
@@ -194,22 +234,7 @@ def measure(row: Row) -> dict[str, Any]:
   compiled = step.lower(state, frozen, batch).compile()
   compile_seconds = time.perf_counter() - start
   analysis = compiled.memory_analysis()
-  losses, groups, metrics, seconds = [], [], {}, 0.0
-  for _ in range(_WARM_UP):
-    start = time.perf_counter()
-    state, metrics = compiled(state, frozen, batch)
-    losses.append(float(metrics["loss"]))
-    seconds = time.perf_counter() - start
-  steps = max(1, round(_SECONDS / seconds))
-  for _ in range(_GROUPS):
-    start = time.perf_counter()
-    for _ in range(steps):
-      state, metrics = compiled(state, frozen, batch)
-    losses.append(float(metrics["loss"]))
-    groups.append((time.perf_counter() - start) / steps)
-  gradient_norm = float(metrics["grad_norm"])
-  if not losses[-1] < losses[0] or not gradient_norm > 0:
-    raise RuntimeError(f"{row}: losses {losses}, gradient norm {gradient_norm}; it does not learn")
+  losses, groups, norms = timed(compiled, state, (frozen, batch), _SECONDS)
   seconds = statistics.median(groups)
   device = jax.devices()[0]
   statistics_of_device = device.memory_stats() or {}
@@ -223,8 +248,8 @@ def measure(row: Row) -> dict[str, Any]:
     "limit": flops(architecture(row.model), row) / speed / seconds,
     "product_flop_s": speed,
     "compile_seconds": compile_seconds,
-    "losses": losses,
-    "gradient_norm": gradient_norm,
+    "losses": [loss.item() for loss in losses],
+    "gradient_norm": norms.item(),
     "device": device.device_kind,
     "jax": jax.__version__,
   }

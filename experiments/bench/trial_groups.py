@@ -51,8 +51,8 @@ ROWS = (
 
 _STEPS = 1000
 _OPTIMIZER = OptimizerConfig(schedule="constant", warmup_steps=0, clip_norm=1.0)
-# Groups of steps are timed, each of about so many seconds.
-_WARM_UP, _GROUPS, _SECONDS = 2, 3, 1.2
+# Of a group of steps that is timed.
+_SECONDS = 1.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +107,7 @@ def build(row: Row, frozen: Any = None) -> tuple[Any, Any]:
     params, constants = lora.init(jax.random.key(seed), frozen, cfg)
     return init_state(params, constants, optimizer, seed=0, dtype=model.dtype)
 
-  shape = (row.trials, 1, 1, row.seq_len)
-  tokens = jax.random.randint(jax.random.key(2), shape, 0, config.vocab_size)
-  batch = {
-    "tokens": tokens,
-    "targets": jnp.roll(tokens, -1, -1),
-    "loss_mask": jnp.ones(shape, bool),
-  }
+  batch = train_step.random_batch((row.trials, 1, 1, row.seq_len), config.vocab_size)
   if row.trials == 1:
     step = make_train_step(model, optimizer, row.loss_chunk)
     return step, (jax.jit(start)(0), frozen, jax.tree.map(lambda x: x[0], batch))
@@ -147,22 +141,7 @@ def measure(row: Row, steps: int) -> dict[str, Any]:
   compile_seconds = time.perf_counter() - start
   analysis = compiled.memory_analysis()
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-  losses, groups, metrics, seconds = [], [], {}, 0.0
-  for _ in range(_WARM_UP):
-    start = time.perf_counter()
-    state, metrics = compiled(state, *rest)
-    losses.append(np.asarray(metrics["loss"]).reshape(-1))
-    seconds = time.perf_counter() - start
-  repeats = max(1, round(_SECONDS / seconds))
-  for _ in range(_GROUPS):
-    start = time.perf_counter()
-    for _ in range(repeats):
-      state, metrics = compiled(state, *rest)
-    losses.append(np.asarray(metrics["loss"]).reshape(-1))
-    groups.append((time.perf_counter() - start) / repeats)
-  norms = np.asarray(metrics["grad_norm"]).reshape(-1)
-  if not (losses[-1] < losses[0]).all() or not (norms > 0).all():
-    raise RuntimeError(f"{row}: losses {losses}, gradient norms {norms}; a trial does not learn")
+  losses, groups, norms = train_step.timed(compiled, state, rest, _SECONDS)
   seconds = statistics.median(groups)
   tokens = row.trials * row.seq_len
   config = train_step.architecture(row.model)

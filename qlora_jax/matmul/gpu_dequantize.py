@@ -101,8 +101,7 @@ def dequantize(
     missing = _padded_rank(a.shape[1]) - a.shape[1]
     operands.append(jnp.pad(a.astype(dtype), ((0, 0), (0, missing))))
     operands.append(jnp.pad(b.astype(dtype), ((0, missing), (0, 0))))
-  axes = manual_axes.varying(*operands)
-  operands = [manual_axes.cast(operand, axes) for operand in operands]
+  operands = manual_axes.alike(*operands)
   manual: Any = {"manual_axis_type": jax.typeof(operands[0]).manual_axis_type}
   return pl.pallas_call(
     functools.partial(

@@ -18,8 +18,9 @@ def cast(x: jax.Array, axes: frozenset) -> jax.Array:
 def alike(*trees: Any) -> Any:
   """The trees with every array varying over the axes that any of them varies over.
 
-  For a custom VJP, whose rule must give each operand a gradient that varies as it does: what all
-  devices share is cast ahead of it, and the cast's own gradient is the sum over the devices.
+  For a kernel, whose result varies as all of its operands do; and for a custom VJP, whose rule must
+  give each operand a gradient that varies as it does: what all devices share is cast ahead of it,
+  and the cast's own gradient is the sum over the devices.
   """
   axes = varying(*jax.tree.leaves(trees))
   return jax.tree.map(lambda x: cast(x, axes), trees) if axes else trees

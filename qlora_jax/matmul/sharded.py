@@ -128,11 +128,8 @@ def sharded_matmul(
         return leaf
       return jax.lax.all_gather(leaf, _GATHERED, axis=spec.index(_GATHERED), tiled=True)
 
-    # As one tree each: a spec is a tuple, and would be taken apart.
-    leaves, structure = jax.tree.flatten(w)
-    by_leaf = jax.tree.leaves(specs, is_leaf=lambda each: isinstance(each, P))
-    w = structure.unflatten(map(gather, leaves, by_leaf))
-    y = api.quantized_matmul(x, w, implementation=implementation)
+    gathered = jax.tree.map(gather, w, specs)
+    y = api.quantized_matmul(x, gathered, implementation=implementation)
     return jax.lax.psum(y, _KEPT) if k_axis == _KEPT else y
 
   return jax.shard_map(

@@ -38,8 +38,8 @@ _SUBLANES, _LANES = 8, 128
 _BYTE_ROWS = 32
 # Rows of K that are multiplied as soon as they are decoded: the depth of the largest matrix unit.
 _CHUNK = 256
-# Of VMEM a kernel may take; v7x has 64 MiB, the others 128.
-VMEM_LIMIT = 48 << 20
+# Of VMEM a kernel may take, by libtpu's leave on each generation.
+_VMEM_LIMIT = 48 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,14 +143,22 @@ def product(
   transposed: bool = False,
   interpret: bool = False,
 ) -> jax.Array:
-  """`[..., K] · [K, N] → [..., N]`, or `[..., N] · [K, N]ᵀ → [..., K]`, in x's dtype."""
+  """`[..., K] · [K, N] → [..., N]`, or `[..., N] · [K, N]ᵀ → [..., K]`, in x's dtype.
+
+  Args:
+    x: bfloat16 or float32, of any leading axes.
+    w: of one table; what `tpu.unsupported` says nothing of.
+    tiles: the largest.
+    transposed: whether x `[..., N]` is multiplied by the transpose.
+    interpret: run the kernel's program as JAX, on any device.
+  """
   k, n = w.shape
   rows = x.reshape(-1, x.shape[-1])
   if not len(rows):
     return jnp.zeros((*x.shape[:-1], k if transposed else n), x.dtype)
   layout = Layout.of(w, tiles)
   rows = jnp.pad(rows, ((0, 0), (0, -n % _LANES))) if transposed else _split_planes(rows, w, layout)
-  operands = [_Operand(rows, None, None), *_operands(w, layout)]
+  operands = _operands(w, layout)
   m = min(len(rows), layout.rows)
   padded_n, padded_k = n + -n % _LANES, _padded(k, layout)
   # Of the result, and of what is summed over: the whole and a tile.
@@ -161,9 +169,7 @@ def product(
   def place(index):
     return lambda i, kept, summed: index(*((kept, summed) if transposed else (summed, kept)))
 
-  arrays = [operand.array for operand in operands]
-  axes = manual_axes.varying(*arrays)
-  arrays = [manual_axes.cast(array, axes) for array in arrays]
+  arrays = manual_axes.alike(rows, *(operand.array for operand in operands))
   manual: Any = {"manual_axis_type": jax.typeof(arrays[0]).manual_axis_type}
   y = pl.pallas_call(
     functools.partial(_kernel, layout=layout, transposed=transposed),
@@ -171,13 +177,13 @@ def product(
     grid=(pl.cdiv(len(rows), m), kept // kept_tile, summed // summed_tile),
     in_specs=[
       pl.BlockSpec((m, summed_tile), lambda i, kept, summed: (i, summed)),
-      *(pl.BlockSpec(each.block, place(each.index)) for each in operands[1:]),
+      *(pl.BlockSpec(each.block, place(each.index)) for each in operands),
     ],
     out_specs=pl.BlockSpec((m, kept_tile), lambda i, kept, summed: (i, kept)),
     scratch_shapes=[pltpu.VMEM((m, kept_tile), jnp.float32)],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
-      vmem_limit_bytes=VMEM_LIMIT,
+      vmem_limit_bytes=_VMEM_LIMIT,
     ),
     cost_estimate=pl.CostEstimate(
       flops=2 * len(rows) * padded_k * padded_n,

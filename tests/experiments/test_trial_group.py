@@ -11,35 +11,13 @@ import pytest
 
 from experiments import command_line, run, sweep, trial, trial_group
 from qlora_jax import metrics, sweeps, trial_groups
+from tests.experiments.test_sweep import CONFIG as SWEEP
 
-CONFIG = """
-from qlora_jax.config import defaults
-
-def get_config():
-  config = defaults()
-  config.name = "tiny"
-  config.model.dtype = "float32"
-  config.model.remat = "none"
-  config.pretrain.steps = 2
-  config.pretrain.batch_size = 2
-  config.pretrain.num_documents = 20
-  config.pretrain.hidden_size = 16
-  config.pretrain.intermediate_size = 24
-  config.pretrain.num_layers = 2
-  config.pretrain.max_position_embeddings = 32
-  config.data.synthetic = "manuals"
-  config.data.num_documents = 20
-  config.data.tokenizer = "bytes"
-  config.data.packing = True
-  config.data.seq_len = 32
-  config.optimizer.learning_rate = 1e-2
+CONFIG = (
+  SWEEP.partition("  return config")[0]
+  + """
   config.optimizer.warmup_steps = 1
-  config.train.steps = 6
-  config.train.batch_size = 2
   config.train.log_every = 2
-  config.train.eval_every = 6
-  config.train.checkpoint_every = 2
-  config.train.compare_16bit = False
   return config
 
 def sweep():
@@ -47,6 +25,7 @@ def sweep():
   yield {"lora.rank": 4, "seed": 0, "optimizer.learning_rate": 3e-2}
   yield {"lora.rank": 2, "lora.targets": ["*/attn/q"], "lora.dropout": 0.2}
 """
+)
 # What one of them becomes when it takes such steps.
 DIVERGES = CONFIG + "  yield {'optimizer.learning_rate': 1e30, 'optimizer.clip_norm': 1.0}\n"
 

@@ -21,14 +21,10 @@ def mesh():
 
 
 def placed(w, partition, x):
-  specs = sharded.weight_specs(w, partition)
-
   def put(leaf, spec):
     return jax.device_put(leaf, NamedSharding(mesh(), spec))
 
-  leaves, structure = jax.tree.flatten(w)
-  by_leaf = jax.tree.leaves(specs, is_leaf=lambda each: isinstance(each, P))
-  return structure.unflatten(map(put, leaves, by_leaf)), put(x, P("fsdp"))
+  return jax.tree.map(put, w, sharded.weight_specs(w, partition)), put(x, P("fsdp"))
 
 
 @pytest.mark.parametrize("partition", [sharded.COLUMNS, sharded.ROWS], ids=["columns", "rows"])

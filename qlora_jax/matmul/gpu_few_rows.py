@@ -30,7 +30,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax import codebooks
 from qlora_jax.matmul import gpu_threads, manual_axes
-from qlora_jax.quantized_tensor import GROUP, NestedScales, QuantizedTensor, restore_scales
+from qlora_jax.quantized_tensor import (
+  GROUP,
+  NestedScales,
+  QuantizedTensor,
+  Scales,
+  restore_scales,
+)
 
 # Warps of a thread block. With 512 threads, each has up to 128 registers.
 _WARPS = 16
@@ -108,7 +114,7 @@ def shared_bytes(w: QuantizedTensor, tiles: Tiles) -> int:
 
 def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
   """`[M, K] · [K, N] → [M, N]` in x's dtype, accumulated in float32. The same bits at every run."""
-  shape, operands = specialize(x, w, tiles)
+  shape = shape_of(x, w, tiles)
   kernel = plgpu.kernel(
     functools.partial(_kernel, shape),
     out_type=jax.ShapeDtypeStruct((shape.m, shape.n), x.dtype),
@@ -120,21 +126,23 @@ def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     kernel_name="few_rows",
   )
-  y = kernel(x, w.codes, w.levels.astype(jnp.float32), *operands)
+  y = kernel(x, w.codes, w.levels.astype(jnp.float32), *scale_operands(w.scales))
   # The kernel's own result does not say what it varies over.
   return manual_axes.cast(y, manual_axes.varying(x, *jax.tree.leaves(w)))
 
 
-def specialize(x: Any, w: QuantizedTensor, tiles: Tiles) -> tuple["Shape", list[jax.Array]]:
-  """What the program is made for, and what it reads the scales from."""
-  scales = w.scales
-  nested_block_size = scales.block_size if isinstance(scales, NestedScales) else None
-  (m, k), (_, n) = x.shape, w.shape
-  shape = Shape(m, k, n, w.block_size, nested_block_size, x.dtype.name, tiles)
+def shape_of(x: Any, w: QuantizedTensor, tiles: Tiles) -> "Shape":
+  """What the program is made for."""
+  nested = w.scales.block_size if isinstance(w.scales, NestedScales) else None
+  return Shape(*x.shape, w.shape[1], w.block_size, nested, x.dtype.name, tiles)
+
+
+def scale_operands(scales: Scales) -> list[jax.Array]:
+  """What a kernel reads them from: `[K/B, N]` float32, or of nested ones what restores them."""
   if not isinstance(scales, NestedScales):
-    return shape, [restore_scales(scales)]
+    return [restore_scales(scales)]
   absmax, offset = (x.astype(jnp.float32) for x in (scales.absmax, scales.offset.reshape(1)))
-  return shape, [scales.codes, absmax, offset, jnp.asarray(codebooks.dynamic_map())]
+  return [scales.codes, absmax, offset, jnp.asarray(codebooks.dynamic_map())]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,6 +92,9 @@ class Integer:
   def __lt__(self, other):
     return self._binary(lambda a, b: arith.cmpi(arith.CmpIPredicate.ult, a, b), other)
 
+  def __xor__(self, other):
+    return self._binary(arith.xori, other)
+
   def equals(self, other):
     """Whether the two are equal."""
     return self._binary(lambda a, b: arith.cmpi(arith.CmpIPredicate.eq, a, b), other)
@@ -140,8 +143,64 @@ class Thread:
     )
     return [Integer(word) for word in words]
 
+  def copy_async(self, address: Integer, pointer: Any, offset: Integer, inside: Integer) -> None:
+    """Begins to copy 16 bytes of global memory to shared memory; zeros where not `inside`."""
+    source = arith.addi(pointer, arith.extui(pointer.type, offset.value))
+    utils.inline_ptx(
+      "{ .reg .b32 size; selp.b32 size, 16, 0, $2;"
+      " cp.async.cg.shared.global [$0], [$1], 16, size; }",
+      address.value,
+      source,
+      inside.value,
+    )
+
+  def commit_copies(self) -> None:
+    """Closes a group of the copies begun so far by this thread."""
+    utils.inline_ptx("cp.async.commit_group;")
+
+  def wait_copies(self, pending: int) -> None:
+    """Waits until all but the last `pending` groups are there.
+
+    After a barrier they are so for all threads, and for the tensor cores too.
+    """
+    utils.inline_ptx(f"cp.async.wait_group {pending}; fence.proxy.async.shared::cta;")
+
+  def load_matrices(self, address: Integer) -> list[Integer]:
+    """Four matrices of 8 rows × 8 columns of 2 bytes from shared memory, transposed: `ldmatrix`.
+
+    Args:
+      address: lane 8i + j gives that of row j of matrix i, a multiple of 16.
+
+    Returns:
+      Lane 4g + t's words, one a matrix: column g of rows 2t (low) and 2t + 1 (high).
+    """
+    return self._words(
+      "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];", 4, address.value
+    )
+
+  def _words(self, ptx: str, count: int, *operands: Any) -> list[Integer]:
+    words = utils.inline_ptx(
+      ptx, *operands, result_types=[_i32()] * count, has_side_effects=True, convergent=True
+    )
+    return [Integer(word) for word in words]
+
+  def shuffle(self, word: Integer, lane: Integer) -> Integer:
+    """What `lane` of the warp has."""
+    (word,) = self._words(
+      "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", 1, word.value, lane.value
+    )
+    return word
+
   def load_shared(self, address: Integer, offset: Integer, kind: str) -> Any:
-    """A "u32" or "f32" of shared memory."""
+    """A "u8", a "u32" or an "f32" of shared memory."""
+    if kind == "u8":
+      (word,) = utils.inline_ptx(
+        "ld.shared.u8 $0, [$1];",
+        (address + offset).value,
+        result_types=[_i32()],
+        has_side_effects=True,
+      )
+      return Integer(word)
     (word,) = self.load_shared_words(address, offset, 1)
     return word if kind == "u32" else self.as_float(word)
 
@@ -177,6 +236,14 @@ class Thread:
       " st.global.b16 [$0], rounded; }",
       address,
       value,
+    )
+
+  def store_global_words(self, pointer: Any, offset: Integer, words: Sequence[Integer]) -> None:
+    """Writes 1, 2 or 4 words to global memory."""
+    names = [f"${i + 1}" for i in range(len(words))]
+    address = arith.addi(pointer, arith.extui(pointer.type, offset.value))
+    utils.inline_ptx(
+      f"st.global{_vector(len(words))} [$0], {_braced(names)};", address, *map(_unwrap, words)
     )
 
   def as_float(self, word: Integer) -> Any:
@@ -217,6 +284,19 @@ class Thread:
     """float32, rounded: never joined with a product."""
     return utils.inline_ptx("add.rn.f32 $0, $1, $2;", a, b, result_types=ir.F32Type.get())
 
+  def divide(self, a: Any, b: Any) -> Any:
+    """float32, rounded."""
+    return utils.inline_ptx("div.rn.f32 $0, $1, $2;", a, b, result_types=ir.F32Type.get())
+
+  def largest_of(self, a: Any, b: Any) -> Any:
+    """The larger magnitude of two float32."""
+    ptx = "{ .reg .f32 a, b; abs.f32 a, $1; abs.f32 b, $2; max.f32 $0, a, b; }"
+    return utils.inline_ptx(ptx, a, b, result_types=ir.F32Type.get())
+
+  def round(self, a: Any) -> Integer:
+    """The nearest integer to a float32, in two's complement."""
+    return Integer(utils.inline_ptx("cvt.rni.s32.f32 $0, $1;", a, result_types=_i32()))
+
   def multiply(self, a: Any, b: Any) -> Any:
     """float32, rounded."""
     return utils.inline_ptx("mul.rn.f32 $0, $1, $2;", a, b, result_types=ir.F32Type.get())
@@ -239,6 +319,49 @@ class Thread:
         convergent=True,
       )
     )
+
+  def wgmma_fence(self) -> None:
+    """Orders registers and shared memory before the products that follow."""
+    utils.inline_ptx("wgmma.fence.sync.aligned;", has_side_effects=True, convergent=True)
+
+  def wgmma(
+    self, sums: Sequence[Any] | None, a: Sequence[Integer], b: Integer, n: int, dtype: str
+  ) -> list[Any]:
+    """Begins a warpgroup's product: 64 × n sums plus A (64 × 16) times B (16 × n).
+
+    Sums and `a` must not be read or written before `wgmma_wait`.
+
+    Args:
+      sums: n / 2 float32, or None for zeros: lane 4g + t of warp w has, at 4j + 2h + i, row
+        16w + g + 8h and column 8j + 2t + i.
+      a: fragment of rows 16w to 16w + 15, as `mma`'s.
+      b: address of Bᵀ in shared memory, n rows of 128 bytes whose 16-byte pieces are exchanged
+        (piece p of row r lies at p ^ r % 8, rows counted from a multiple of 1,024 bytes).
+    """
+    count = n // 2
+    kind = _NAMES[dtype]
+    held = [] if sums is None else list(sums)
+    registers = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
+    first = count + len(held)
+    words = "{" + ", ".join(f"${first + i}" for i in range(4)) + "}"
+    # The descriptor: address / 16; 8 rows are 1,024 bytes; pieces exchanged over 128 bytes. (PTX
+    # ISA, "Matrix descriptor format".)
+    ptx = (
+      "{ .reg .pred p; .reg .b64 b; .reg .b32 low;"
+      f" and.b32 low, ${first + 4}, 0x3ffff; shr.b32 low, low, 4; or.b32 low, low, 0x10000;"
+      f" mov.b64 b, {{low, {(1 << 30) | 64}}}; setp.ne.b32 p, {int(bool(held))}, 0;"
+      f" wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind}"
+      f" {registers}, {words}, b, p, 1, 1, 0; }}"
+    )
+    return _tied(ptx, count, held, [*map(_unwrap, a), b.value])
+
+  def wgmma_commit(self) -> None:
+    """Closes a group of the products begun so far."""
+    utils.inline_ptx("wgmma.commit_group.sync.aligned;", has_side_effects=True, convergent=True)
+
+  def wgmma_wait(self, pending: int, sums: Sequence[Any]) -> list[Any]:
+    """Waits until all but the last `pending` groups are done: `sums`, readable if they are."""
+    return _tied(f"wgmma.wait_group.sync.aligned {pending};", len(sums), list(sums), [])
 
   def barrier(self) -> None:
     """Waits for all threads of the block."""
@@ -265,6 +388,21 @@ class Thread:
       result = body(Integer(loop.induction_variable), wrap(loop.inner_iter_args))
       scf.YieldOp([_unwrap(leaf) for leaf in jax.tree.leaves(result)])
     return wrap(loop.results)
+
+
+def _tied(ptx: str, count: int, held: list[Any], operands: list[Any]) -> list[Any]:
+  """PTX with `count` float32 results in the registers of `held`, if any; then `operands`."""
+  f32 = ir.F32Type.get()
+  constraints = ["=f"] * count + [str(i) for i in range(len(held))] + ["r"] * len(operands)
+  result = llvm.inline_asm(
+    llvm.StructType.get_literal([f32] * count),
+    [*held, *operands],
+    ptx,
+    ",".join(constraints),
+    has_side_effects=True,
+    convergent=True,
+  )
+  return [llvm.extractvalue(f32, result, [i]) for i in range(count)]
 
 
 def _vector(count: int) -> str:

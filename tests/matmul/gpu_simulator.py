@@ -6,6 +6,8 @@ a missing barrier does not show.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +56,9 @@ class Integer:
   def __lt__(self, other):
     return self._binary(np.less, other)
 
+  def __xor__(self, other):
+    return self._binary(np.bitwise_xor, other)
+
   def equals(self, other):
     return self._binary(np.equal, other)
 
@@ -94,7 +99,61 @@ class Thread:
       words[i, active] = memory[own[:, None] + np.arange(4)].copy().view(np.uint32)[:, 0]
     return [Integer(word) for word in words]
 
+  def copy_async(self, address, pointer, offset, inside):
+    at = np.broadcast_to(address.value, self.threads).astype(np.int64)
+    pieces = self._read(pointer, offset, 4, self._active & inside.value)
+    assert not (at[self._active] % 16).any(), "not aligned"
+    self.store_words(self.integer(0), Integer(at), pieces)
+
+  def commit_copies(self):
+    pass
+
+  def wait_copies(self, pending):
+    pass
+
+  def load_matrices(self, address):
+    at = np.broadcast_to(address.value, self.threads).astype(np.int64).reshape(-1, 4, 8)
+    assert not (at % 16).any(), "not aligned"
+    # `[warps, matrices, rows, columns]` → lane (column g, rows 2t and 2t + 1).
+    rows = self.shared[at[..., None] + np.arange(16)].copy().view(np.uint16)
+    words = rows.transpose(0, 1, 3, 2).copy().view(np.uint32)
+    return [Integer(words[:, i].reshape(-1)) for i in range(4)]
+
+  def shuffle(self, word, lane):
+    lanes = np.broadcast_to(lane.value, self.threads).reshape(-1, 32)
+    words = np.broadcast_to(word.value, self.threads).reshape(-1, 32)
+    return Integer(np.take_along_axis(words, lanes.astype(np.int64), 1).reshape(-1))
+
+  def wgmma_fence(self):
+    pass
+
+  def wgmma(self, sums, a, b, n, dtype):
+    parts = np.stack([word.value for word in a], -1).astype(np.uint32)
+    fragment = parts[..., None].view(np.uint16).view(_DTYPES[dtype]).astype(np.float64)
+    # warpgroup, warp, lane (g, t), word (column half, row half), two columns.
+    fragment = fragment.reshape(-1, 4, 8, 4, 2, 2, 2).transpose(0, 1, 5, 2, 4, 3, 6)
+    fragment = fragment.reshape(-1, 64, 16)
+    start = np.broadcast_to(b.value, self.threads).astype(np.int64).reshape(-1, 128)
+    assert (start == start[:, :1]).all(), "not the same in all threads"
+    at = start[:, :1, None] + 128 * np.arange(n)[:, None] + np.arange(32)
+    at ^= (at >> 7 & 7) << 4
+    right = self.shared[at].copy().view(_DTYPES[dtype]).astype(np.float64)
+    product = np.einsum("wrk,wnk->wrn", fragment, right)
+    product = product.reshape(-1, 4, 2, 8, n // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6)
+    product = product.reshape(self.threads, n // 2)
+    before = np.zeros((n // 2, self.threads)) if sums is None else sums
+    return [(x + product[:, i]).astype(np.float32) for i, x in enumerate(before)]
+
+  def wgmma_commit(self):
+    pass
+
+  def wgmma_wait(self, pending, sums):
+    return sums
+
   def load_shared(self, address, offset, kind):
+    if kind == "u8":
+      at = np.broadcast_to((address + offset).value, self.threads).astype(np.int64)
+      return Integer(self.shared[at].astype(np.uint32))
     (word,) = self.load_shared_words(address, offset, 1)
     return word if kind == "u32" else self.as_float(word)
 
@@ -115,6 +174,13 @@ class Thread:
     at = np.broadcast_to(offset.value, self.threads).astype(np.int64)[self._active]
     rounded = value[self._active].astype(_DTYPES[dtype])
     pointer[at[:, None] + np.arange(2)] = rounded[:, None].copy().view(np.uint8)
+
+  def store_global_words(self, pointer, offset, words):
+    at = np.broadcast_to(offset.value, self.threads).astype(np.int64)[self._active]
+    assert not (at % (4 * len(words))).any(), "not aligned"
+    for i, word in enumerate(words):
+      value = np.broadcast_to(word.value, self.threads).astype(np.uint32)[self._active]
+      pointer[(at + 4 * i)[:, None] + np.arange(4)] = value[:, None].copy().view(np.uint8)
 
   def as_float(self, word):
     return np.broadcast_to(word.value, self.threads).astype(np.uint32).view(np.float32)
@@ -146,6 +212,15 @@ class Thread:
 
   def add(self, a, b):
     return a + b
+
+  def divide(self, a, b):
+    return a / b
+
+  def largest_of(self, a, b):
+    return np.maximum(np.abs(a), np.abs(b))
+
+  def round(self, a):
+    return Integer(np.rint(a).astype(np.int32).view(np.uint32))
 
   def multiply(self, a, b):
     return a * b
@@ -188,18 +263,38 @@ def simulate(x: Any, w: Any, tiles: Any) -> np.ndarray:
   """`gpu_few_rows.product`. The output and the shared memory begin as NaN."""
   from qlora_jax.matmul import gpu_few_rows
 
-  shape, operands = gpu_few_rows.specialize(x, w, tiles)
-  memory = [
-    np.asarray(a).reshape(-1).view(np.uint8)
-    for a in (x, w.codes, w.levels.astype(np.float32), *operands)
-  ]
-  y = np.full(shape.m * shape.n * 2, 0xFF, np.uint8)
+  shape = gpu_few_rows.shape_of(x, w, tiles)
+  grid = itertools.product(range(-(-shape.m // tiles.rows)), range(-(-shape.n // tiles.columns)))
   size = gpu_few_rows.shared_bytes(w, tiles)
-  with np.errstate(over="ignore", invalid="ignore"):
-    for row in range(-(-shape.m // tiles.rows)):
-      for column in range(-(-shape.n // tiles.columns)):
-        thread = Thread(512, np.full(size, 0xFF, np.uint8))
-        start = Integer(np.uint32(0))
-        indices = [Integer(np.uint32(i)) for i in (row, column)]
-        gpu_few_rows.program(shape, thread, [*memory, y, start], indices)
+  program = functools.partial(gpu_few_rows.program, shape)
+  y = _run(program, 512, size, grid, x, w, shape.m * shape.n * 2)
   return y.view(_DTYPES[shape.dtype]).reshape(shape.m, shape.n).astype(np.float32)
+
+
+def simulate_tiles(x: Any, w: Any, tiles: Any) -> np.ndarray:
+  """`gpu_tiles.product`, as `simulate`."""
+  from qlora_jax.matmul import gpu_tiles
+
+  shape = gpu_tiles.shape_of(x, w, tiles)
+  grid = ((i,) for i in range(gpu_tiles.grid_size(shape)))
+  program = functools.partial(gpu_tiles.program, shape)
+  wide = tiles.splits > 1
+  nbytes = tiles.splits * shape.m * shape.n * (4 if wide else 2)
+  y = _run(program, tiles.threads, shape.shared_bytes, grid, x, w, nbytes)
+  y = y.view(np.float32 if wide else _DTYPES[shape.dtype])
+  return y.reshape(tiles.splits, shape.m, shape.n).astype(np.float32).sum(0)
+
+
+def _run(program, threads, shared_bytes, grid, x, w, nbytes) -> np.ndarray:
+  """The output's bytes."""
+  from qlora_jax.matmul.gpu_few_rows import scale_operands
+
+  arrays = (x, w.codes, w.levels.astype(np.float32), *scale_operands(w.scales))
+  memory = [np.asarray(a).reshape(-1).view(np.uint8) for a in arrays]
+  y = np.full(nbytes, 0xFF, np.uint8)
+  with np.errstate(over="ignore", invalid="ignore"):
+    for place in grid:
+      thread = Thread(threads, np.full(shared_bytes, 0xFF, np.uint8))
+      indices = [Integer(np.uint32(i)) for i in place]
+      program(thread, [*memory, y, Integer(np.uint32(0))], indices)
+  return y

@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 from qlora_jax import dequantize, quantize, quantized_matmul
 from qlora_jax.matmul import api, gpu, specs
 from qlora_jax.matmul.specs import ArgumentSpec
-from tests.matmul.gpu_simulator import simulate
+from tests.matmul.gpu_simulator import simulate, simulate_tiles
 
 if jax.__version_info__ < (0, 11, 2):
   pytest.skip("the GPU's kernels need JAX 0.11.2", allow_module_level=True)
 
-from qlora_jax.matmul import gpu_dequantize, gpu_few_rows
+from qlora_jax.matmul import gpu_dequantize, gpu_few_rows, gpu_tiles
 from qlora_jax.matmul.gpu_few_rows import Tiles
 
 HAS_GPU = jax.default_backend() == "gpu"
@@ -112,6 +112,53 @@ def test_few_rows_says_what_it_does_not_serve():
   # Fewer columns, where the scales of more would not fit.
   _, w = jax.eval_shape(lambda: arguments(ArgumentSpec(28672, 28672, dtype="bfloat16")))
   assert gpu_few_rows.default_tiles(1, w) == Tiles(4, 2)
+
+
+# Tiles of rows
+
+# Products that are scaled by block, and weights that are; K that sets and splits do not share
+# evenly; N and M that tiles do not divide; every block size and kind of scale.
+TILED = [
+  (ArgumentSpec(256, 64, (5,), "bfloat16"), gpu_tiles.Tiles(8, 1, 1, 4)),
+  (ArgumentSpec(640, 144, (70,), "bfloat16"), gpu_tiles.Tiles(64, 2, 1, 4)),
+  (ArgumentSpec(640, 144, (70,), "bfloat16"), gpu_tiles.Tiles(128, 1, 1, 4)),
+  (ArgumentSpec(1280, 144, (130,), "float16", block_size=32), gpu_tiles.Tiles(128, 1, 2, 5)),
+  (
+    ArgumentSpec(1280, 144, (30,), "bfloat16", block_size=16, double_quantization=False),
+    gpu_tiles.Tiles(16, 2, 2, 8),
+  ),
+  (
+    ArgumentSpec(384, 48, (30,), "bfloat16", block_size=192, codebook="fp4"),
+    gpu_tiles.Tiles(32, 2, 1, 8),
+  ),
+  (
+    ArgumentSpec(1024, 48, (200,), "bfloat16", block_size=4096, codebook="equal_mass16"),
+    gpu_tiles.Tiles(192, 1, 1, 5),
+  ),
+]
+
+
+@pytest.mark.parametrize(("spec", "tiles"), TILED, ids=str)
+def test_tiles_thread_by_thread(spec, tiles):
+  x, w = arguments(spec)
+  assert gpu_tiles.unsupported(x, w, tiles) is None
+  assert error(simulate_tiles(x, w, tiles), x, w) < 1.1 * library_error(x, w)
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("rows", [64, 128])
+def test_tiles_read_each_code_at_its_place(rows, block_size):
+  # A row of x that picks one weight of each output, every place of K in turn.
+  w = quantize(jax.random.normal(jax.random.key(0), (256, 144)), block_size=block_size)
+  dense = np.asarray(dequantize(w))
+  for first in range(0, 256, rows):
+    x = jnp.eye(256, dtype=jnp.float16)[first : first + rows]
+    y = simulate_tiles(x, w, gpu_tiles.Tiles(rows, 1, 1, 4))
+    np.testing.assert_allclose(y, dense[first : first + rows], rtol=2e-3)
+    # Zero is zero.
+    assert not y[dense[first : first + rows] == 0].any()
+  assert (dense == 0).any()
+  assert set(np.unique(w.codes & 15)) == set(range(16))
 
 
 # Dequantizing

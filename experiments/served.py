@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax import codebooks, quantize
-from qlora_jax.matmul import gpu, gpu_few_rows
+from qlora_jax.matmul import gpu
 from qlora_jax.matmul.api import IMPLEMENTATIONS
 
 # Columns: the title, the registry's name, the device, and rows of x.
@@ -22,7 +22,8 @@ _TPU = jax.sharding.AbstractDevice("TPU v5e", num_cores=1, platform="tpu")
 _CPU = jax.sharding.AbstractDevice("cpu", num_cores=None, platform="cpu")
 _COLUMNS = (
   (f"`gpu`, to {gpu.MOST_FEW_ROWS} rows", "gpu", _GPU, 16),
-  ("`gpu`, more rows", "gpu", _GPU, 256),
+  (f"to {gpu.MOST_TILED_ROWS}", "gpu", _GPU, 256),
+  ("more", "gpu", _GPU, gpu.MOST_TILED_ROWS + 1),
   ("`tpu`", "tpu", _TPU, 256),
   ("`xla`", "xla", _CPU, 256),
 )
@@ -42,9 +43,7 @@ def answer(codebook: str, name: str, device: jax.sharding.AbstractDevice, rows: 
   with jax.sharding.use_abstract_mesh(mesh):
     if IMPLEMENTATIONS[name].unsupported(x, w) is not None:  # pyright: ignore[reportArgumentType]
       return "no"
-  if name == "gpu" and rows <= gpu.MOST_FEW_ROWS:
-    tiles = gpu_few_rows.default_tiles(rows, w)
-    if gpu_few_rows.unsupported(x, w, tiles) is not None:
+    if name == "gpu" and rows <= gpu.MOST_TILED_ROWS and gpu.fused(x, w)[0] is None:
       return "as more"
   return "yes"
 

@@ -1,8 +1,9 @@
 """quantized_matmul on a GPU: which kernel serves which rows.
 
-Up to `MOST_FEW_ROWS` rows are multiplied by codes that are decoded in registers (`gpu_few_rows`).
-For more, and where that kernel does not serve the case, the weight is dequantized once
-(`gpu_dequantize`) and the library multiplies. Both directions read the same codes.
+Few rows are multiplied by codes that are decoded in registers: up to `MOST_FEW_ROWS` by warps
+(`gpu_few_rows`), up to `MOST_TILED_ROWS` by warpgroups on a Hopper (`gpu_tiles`). For more, and
+where these kernels do not serve the case, the weight is dequantized once (`gpu_dequantize`) and the
+library multiplies. Both directions read the same codes.
 
 The library's products of 16 bits are asked for results of 16 bits: asked for float32, to be rounded
 after it, they took 15% longer on an H100.
@@ -10,6 +11,7 @@ after it, they took 15% longer on an H100.
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,9 +20,11 @@ import jax.numpy as jnp
 from qlora_jax.matmul import target
 from qlora_jax.quantized_tensor import AnyQuantizedTensor, QuantizedTensor
 
-# Above it, dequantizing once and the library's product take less time
-# (`python -m experiments.bench.matmul`).
-MOST_FEW_ROWS = 64
+# Up to which each takes the least time (`python -m experiments.bench.matmul`).
+MOST_FEW_ROWS = 16
+MOST_TILED_ROWS = 512
+# As `MOST_FEW_ROWS`, where tiles do not serve.
+_MOST_BY_WARPS = 64
 
 
 def unsupported(x: jax.Array, w: AnyQuantizedTensor) -> str | None:
@@ -38,8 +42,12 @@ def forward(x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   """`[..., K] · [K, N] → [..., N]`, accumulated in float32, in x's dtype."""
   k, n = w.shape
   rows = x.reshape(-1, k)
-  if kernel := _few_rows(rows, w):
+  assert isinstance(w, QuantizedTensor)
+  kernel, reason = fused(rows, w)
+  if kernel is not None:
     return kernel(rows, w).reshape(*x.shape[:-1], n)
+  if reason is not None:
+    _announce(reason)
   return _dequantized_product(x, w)
 
 
@@ -54,8 +62,9 @@ def fuses_adapter(x: jax.Array, w: AnyQuantizedTensor, rank: int) -> bool:
 
   return (
     x.dtype != jnp.float32
-    and _rows(x) > MOST_FEW_ROWS
     and isinstance(w, QuantizedTensor)
+    and _rows(x) > _MOST_BY_WARPS
+    and fused(jax.ShapeDtypeStruct((_rows(x), w.shape[0]), x.dtype), w)[0] is None
     and gpu_dequantize.takes_adapter(w, rank)
   )
 
@@ -91,28 +100,36 @@ def _dequantized_product(
   assert isinstance(w, QuantizedTensor)
   dense = gpu_dequantize.dequantize(w, x.dtype, adapter=adapter)
   # One row, asked for 16 bits, was off by more than their rounding (XLA, on an H100).
-  wanted = jnp.float32 if _rows(x) <= MOST_FEW_ROWS else x.dtype
+  wanted = jnp.float32 if _rows(x) <= _MOST_BY_WARPS else x.dtype
   product = jnp.matmul(x, dense.T if transposed else dense, preferred_element_type=wanted)
   return product.astype(x.dtype)
 
 
-def _few_rows(x: jax.Array, w: AnyQuantizedTensor) -> Any:
-  """The kernel for a few rows, or None where it does not serve these."""
-  assert isinstance(w, QuantizedTensor)
-  if not 1 <= x.shape[0] <= MOST_FEW_ROWS:
-    return None
-  from qlora_jax.matmul import gpu_few_rows
+def fused(x: Any, w: QuantizedTensor) -> tuple[Callable | None, str | None]:
+  """The kernel that decodes what it multiplies, `kernel(x, w)`; or why few rows have none.
 
-  tiles = gpu_few_rows.default_tiles(x.shape[0], w)
-  reason = gpu_few_rows.unsupported(x, w, tiles)
+  Neither, where dequantizing first takes less time.
+
+  Args:
+    x: `[M, K]`, of a shape and dtype. w: `[K, N]`.
+  """
+  from qlora_jax.matmul import gpu_few_rows, gpu_tiles
+
+  rows = x.shape[0]
   device = target.target()[1]
-  version = capability(device)
-  if version is None or not 9 <= version < 12:
-    reason = f"{device.device_kind}: its kernel is for Hopper and the data centre's Blackwell"
-  if reason is None:
-    return functools.partial(gpu_few_rows.product, tiles=tiles)
-  _announce(reason)
-  return None
+  version = capability(device) or 0.0
+  if MOST_FEW_ROWS < rows <= MOST_TILED_ROWS and 9 <= version < 10:
+    tiles = gpu_tiles.default_tiles(rows, w)
+    if gpu_tiles.unsupported(x, w, tiles) is None:
+      return functools.partial(gpu_tiles.product, tiles=tiles), None
+  if not 1 <= rows <= _MOST_BY_WARPS:
+    return None, None
+  if not 9 <= version < 12:
+    return None, f"{device.device_kind}: its kernel is for Hopper and the data centre's Blackwell"
+  tiles = gpu_few_rows.default_tiles(rows, w)
+  if reason := gpu_few_rows.unsupported(x, w, tiles):
+    return None, reason
+  return functools.partial(gpu_few_rows.product, tiles=tiles), None
 
 
 # Of devices that are not there, which cannot be asked.

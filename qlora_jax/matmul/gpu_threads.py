@@ -359,9 +359,15 @@ class Thread:
     """Closes a group of the products begun so far."""
     utils.inline_ptx("wgmma.commit_group.sync.aligned;", has_side_effects=True, convergent=True)
 
-  def wgmma_wait(self, pending: int, sums: Sequence[Any]) -> list[Any]:
-    """Waits until all but the last `pending` groups are done: `sums`, readable if they are."""
-    return _tied(f"wgmma.wait_group.sync.aligned {pending};", len(sums), list(sums), [])
+  def wgmma_wait(self, pending: int) -> None:
+    """Waits until all but the last `pending` groups are done."""
+    utils.inline_ptx(
+      f"wgmma.wait_group.sync.aligned {pending};", has_side_effects=True, convergent=True
+    )
+
+  def wgmma_results(self, sums: Sequence[Any]) -> list[Any]:
+    """Waits until all products are done: their `sums`, which may be read."""
+    return _tied("wgmma.wait_group.sync.aligned 0;", len(sums), list(sums), [])
 
   def barrier(self) -> None:
     """Waits for all threads of the block."""

@@ -8,11 +8,11 @@ into the registers that the tensor cores read, and a tile of x's rows as its B, 
   codes of either plane.
 - A pair of codes is one lookup: 256 pairs of levels lie in shared memory, once a lane, so that a
   warp's 32 lookups meet no bank twice.
-- Up to `_MOST_PROMOTED` rows, the pairs are levels in x's dtype, and a block's product is scaled
-  in float32 when it is done. Beyond, that would take too many registers: the levels come as 16-bit
-  integers (32768 + level / largest · 32767), become float32 by bits alone (0x4B00 above them is
-  2²³ and they), and are scaled by one fused multiply-add before they are rounded to x's dtype. The
-  scale has 15 bits there, so that zero is zero: an error of 2⁻¹⁶, under the dtype's 2⁻⁹.
+- For few rows, the pairs are levels in x's dtype, and a block's product is scaled in float32 when
+  it is done (`Tiles.promoted`). For more, that would take too many registers: the levels come as
+  16-bit integers (32768 + level / largest · 32767), become float32 by bits alone (0x4B00 above them
+  is 2²³ and they), and are scaled by one fused multiply-add before they are rounded to x's dtype.
+  The scale has 15 bits there, so that zero is zero: an error of 2⁻¹⁶, under the dtype's 2⁻⁹.
 - A tile of x, 64 of K, is copied some tiles ahead. While the tensor cores multiply one, the
   warps decode the next.
 """
@@ -31,7 +31,9 @@ from qlora_jax.quantized_tensor import GROUP, NestedScales, QuantizedTensor
 
 # Outputs of a thread block: two warpgroups'.
 COLUMNS = 128
-_MOST_PROMOTED = 64
+_ROW_TILES = (32, 64, 128, 256)
+# Tiles of x that a thread block has room for, and use of.
+_STAGES = {32: 8, 64: 8, 128: 4, 256: 5}
 _SHARED_BYTES = 227 << 10
 _TABLE_BYTES = 256 * 32 * 4
 _MAP_BYTES = 256 * 4
@@ -53,12 +55,14 @@ class Tiles:
     k_sets: sets of two warpgroups in a thread block, which share K out: 1 or 2.
     splits: thread blocks that share K out; their parts are added by XLA.
     stages: tiles of x in a set's ring.
+    promoted: whether blocks' products are scaled, rather than weights.
   """
 
   rows: int
   k_sets: int
   splits: int
   stages: int
+  promoted: bool
 
   @property
   def threads(self) -> int:
@@ -94,11 +98,6 @@ class Shape:
     return max(1, 64 // self.block_size)
 
   @property
-  def promoted(self) -> bool:
-    """Whether blocks' products are scaled, rather than weights."""
-    return self.tiles.rows * self.parts <= _MOST_PROMOTED
-
-  @property
   def scale_row_bytes(self) -> int:
     """Of a block's scales, one an output of the thread block."""
     return COLUMNS * (1 if self.nested_block_size else 4)
@@ -115,6 +114,16 @@ class Shape:
     codes = tiles.code_stages * (_CODES_BYTES + self.scales_bytes)
     ring = tiles.stages * tiles.rows * _ROW_BYTES + codes
     return _SLACK + _TABLE_BYTES + _MAP_BYTES + tiles.k_sets * ring
+
+
+def default_tiles(rows: int, w: QuantizedTensor) -> Tiles:
+  """Tiles that give the GPU's 132 multiprocessors work, as far as N and K allow."""
+  k, n = w.shape
+  tile = next((tile for tile in _ROW_TILES if rows <= tile), _ROW_TILES[-1])
+  blocks = -(-rows // tile) * -(-n // COLUMNS)
+  splits = min(max(1, 132 // blocks), 8, k // GROUP)
+  parts = max(1, 64 // w.block_size)
+  return Tiles(tile, 1, splits, _STAGES[tile], promoted=tile * parts <= 64)
 
 
 def unsupported(x: Any, w: QuantizedTensor, tiles: Tiles) -> str | None:
@@ -288,12 +297,13 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
   largest = functools.reduce(t.largest_of, values, t.float(1e-30))
   # Levels are stored as integers of 1/32767 of the largest.
   unit = t.multiply(largest, t.float(1 / 32767))
+  units = t.divide(t.float(32767.0), largest)
 
   def entry(low, high):
     low, high = (t.load(levels, code * 4, "f32") for code in (low, high))
-    if shape.promoted:
+    if tiles.promoted:
       return t.pack(low, high, shape.dtype)
-    low, high = (t.round(t.divide(value, unit)) + 32768 for value in (low, high))
+    low, high = (t.round(t.multiply(value, units)) + 32768 for value in (low, high))
     return low | (high << 16)
 
   for i in range(0, 256 * 8, tiles.threads):
@@ -335,7 +345,7 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
       else:
         scale = t.load_shared(stage, at * 4, "f32")
       scale = t.as_word(scale)
-      if not shape.promoted:
+      if not tiles.promoted:
         scale = t.as_word(t.multiply(t.as_float(scale), unit)) & 0xFFFFFE00
       restored.append(scale)
     quad = lane & 28
@@ -354,86 +364,89 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
     stage = code_ring + (i % code_stages) * _CODES_BYTES + code_rows
     return [word for first in (0, 32) for word in t.load_matrices(stage + first * COLUMNS)]
 
-  def decode(words, plane, scales):
-    """The fragments of a plane's four steps."""
-    fragments = []
-    for step in range(4):
-      a = []
-      part = step * 16 // shape.block_size if parts > 1 else 0
-      for word in words[2 * step : 2 * step + 2]:
-        first, second = (word, word >> 12) if plane == 0 else (word >> 4, word >> 16)
-        pairs = (first & 0x0F0F) | (second & 0xF0F0)
-        for out, offset in enumerate(((pairs << 7) & 0x7F80, (pairs >> 1) & 0x7F80)):
-          entry = t.load_shared(lookups, offset, "u32")
-          if not shape.promoted:
-            scale = scales[part][out]
-            bias = t.multiply(scale, t.float(-_ZERO))
-            halves = (entry & 0xFFFF) | 0x4B000000, (entry >> 16) | 0x4B000000
-            low, high = (t.fma(t.as_float(half), scale, bias) for half in halves)
-            entry = t.pack(low, high, shape.dtype)
-          a.append(entry)
-      # Rows g, g + 8 of columns 2t, 2t + 1, then of 2t + 8, 2t + 9.
-      fragments.append(a)
-    return fragments
+  def look_up(words, plane, step):
+    """The pairs of a plane's step, 16 of K."""
+    entries = []
+    for word in words[2 * step : 2 * step + 2]:
+      first, second = (word, word >> 12) if plane == 0 else (word >> 4, word >> 16)
+      pairs = (first & 0x0F0F) | (second & 0xF0F0)
+      entries += [
+        t.load_shared(lookups, offset, "u32")
+        for offset in ((pairs << 7) & 0x7F80, (pairs >> 1) & 0x7F80)
+      ]
+    return entries
 
-  zero = t.float(0.0)
+  def convert(entries, step, scales):
+    """The step's fragment: rows g, g + 8 of columns 2t, 2t + 1, then of 2t + 8, 2t + 9."""
+    if tiles.promoted:
+      return entries
+    fragment = []
+    for at, entry in enumerate(entries):
+      scale = scales[step * parts // 4][at % 2]
+      bias = t.multiply(scale, t.float(-_ZERO))
+      halves = (entry & 0xFFFF) | 0x4B000000, (entry >> 16) | 0x4B000000
+      low, high = (t.fma(t.as_float(half), scale, bias) for half in halves)
+      fragment.append(t.pack(low, high, shape.dtype))
+    return fragment
 
-  def multiply(chunk, fragments, scales, sums):
-    """Begins the products of a tile of x; of blocks' products that are scaled, finishes them."""
-    stage = x_ring + (chunk % stages) * x_stage
-    t.wgmma_fence()
-    if not shape.promoted:
-      for step, a in enumerate(fragments):
-        sums = t.wgmma(sums, a, stage + step * 32, tiles.rows, shape.dtype)
-      t.wgmma_commit()
-      return sums, None
-    products = []
+  def promote(sums, products, scales):
+    """Adds the blocks' products, scaled."""
+    values = t.wgmma_results([value for part in products for value in part])
     for part in range(parts):
-      partial = None
-      for step in range(part * 4 // parts, (part + 1) * 4 // parts):
-        partial = t.wgmma(partial, fragments[step], stage + step * 32, tiles.rows, shape.dtype)
-      products.append(partial)
-    t.wgmma_commit()
-    return sums, products
-
-  def finish(sums, products, scales):
-    if not shape.promoted:
-      return t.wgmma_wait(1, sums)
-    flat = t.wgmma_wait(0, [value for part in products for value in part])
-    for part in range(parts):
-      values = flat[part * len(sums) : (part + 1) * len(sums)]
-      sums = [t.fma(scales[part][at // 2 % 2], value, sums[at]) for at, value in enumerate(values)]
-    return sums
+      for at in range(len(sums)):
+        value = values[part * len(sums) + at]
+        sums[at] = t.fma(scales[part][at // 2 % 2], value, sums[at])
 
   t.wait_copies(tiles.lookahead)
   t.barrier()
   start = t.integer(0)
   words, scale = read_codes(start), read_scales(start, read_absmax(start))
-  fragments = decode(words, 0, scale[0])
+  fragments = [convert(look_up(words, 0, step), step, scale[0]) for step in range(4)]
 
-  def step(i, carried):
+  def multiply_group(i, carried):
     words, scale, absmaxes, fragments, sums = carried
+    sums = list(sums)
     for plane in range(2):
       chunk = i * 2 + plane
+      stage = x_ring + (chunk % stages) * x_stage
       t.wait_copies(tiles.lookahead - 1)
       t.barrier()
-      copy(chunk + tiles.lookahead, (tiles.lookahead + plane) % 2)
-      sums, products = multiply(chunk, fragments, scale[plane], sums)
-      now = scale[plane]
-      if not shape.promoted:
-        sums = finish(sums, None, None)
-      if plane == 1:
-        words, scale = read_codes(i + 1), read_scales(i + 1, absmaxes)
-        absmaxes = read_absmax(i + 2)
-      fragments = decode(words, 1 - plane, scale[1 - plane])
-      if shape.promoted:
-        sums = finish(sums, products, now)
+      now, products, entries, following = scale[plane], [], [], []
+      for step in range(4):
+        # The tensor cores take A from registers as they go, and hold up a warp that begins several
+        # steps at once: so between two of them a step of the next tile is decoded.
+        new_part = step * parts % 4 == 0
+        held = sums if not tiles.promoted else None if new_part else products.pop()
+        t.wgmma_fence()
+        result = t.wgmma(held, fragments[step], stage + step * 32, tiles.rows, shape.dtype)
+        if tiles.promoted:
+          products.append(result)
+        else:
+          sums = result
+        if step == 0:
+          t.wgmma_commit()
+          # Of the last tile, whose registers are filled again.
+          t.wgmma_wait(1)
+          if plane == 1:
+            words, scale = read_codes(i + 1), read_scales(i + 1, absmaxes)
+            absmaxes = read_absmax(i + 2)
+          entries.append(look_up(words, 1 - plane, 0))
+        if step == 1:
+          copy(chunk + tiles.lookahead, (tiles.lookahead + plane) % 2)
+        if step == 3:
+          t.wgmma_commit()
+        else:
+          entries.append(look_up(words, 1 - plane, step + 1))
+        following.append(convert(entries[step], step, scale[1 - plane]))
+      if tiles.promoted:
+        promote(sums, products, now)
+      fragments = following
     return words, scale, absmaxes, fragments, sums
 
-  sums = [zero] * (tiles.rows // 2)
+  sums = [t.float(0.0)] * (tiles.rows // 2)
   carried = words, scale, read_absmax(t.integer(1)), fragments, sums
-  *_, sums = t.loop(count, step, carried)
-  sums = t.wgmma_wait(0, sums)
+  *_, sums = t.loop(count, multiply_group, carried)
+  sums = t.wgmma_results(sums)
   t.wait_copies(0)
 
   if tiles.k_sets > 1:

@@ -147,7 +147,10 @@ class Thread:
   def wgmma_commit(self):
     pass
 
-  def wgmma_wait(self, pending, sums):
+  def wgmma_wait(self, pending):
+    pass
+
+  def wgmma_results(self, sums):
     return sums
 
   def load_shared(self, address, offset, kind):

@@ -119,21 +119,21 @@ def test_few_rows_says_what_it_does_not_serve():
 # Products that are scaled by block, and weights that are; K that sets and splits do not share
 # evenly; N and M that tiles do not divide; every block size and kind of scale.
 TILED = [
-  (ArgumentSpec(256, 64, (5,), "bfloat16"), gpu_tiles.Tiles(8, 1, 1, 4)),
-  (ArgumentSpec(640, 144, (70,), "bfloat16"), gpu_tiles.Tiles(64, 2, 1, 4)),
-  (ArgumentSpec(640, 144, (70,), "bfloat16"), gpu_tiles.Tiles(128, 1, 1, 4)),
-  (ArgumentSpec(1280, 144, (130,), "float16", block_size=32), gpu_tiles.Tiles(128, 1, 2, 5)),
+  (ArgumentSpec(256, 64, (5,), "bfloat16"), gpu_tiles.Tiles(8, 1, 1, 4, True)),
+  (ArgumentSpec(640, 144, (70,), "bfloat16"), gpu_tiles.Tiles(64, 2, 1, 4, True)),
+  (ArgumentSpec(640, 144, (70,), "bfloat16"), gpu_tiles.Tiles(128, 1, 1, 4, False)),
+  (ArgumentSpec(1280, 144, (130,), "float16", block_size=32), gpu_tiles.Tiles(128, 1, 2, 5, False)),
   (
     ArgumentSpec(1280, 144, (30,), "bfloat16", block_size=16, double_quantization=False),
-    gpu_tiles.Tiles(16, 2, 2, 8),
+    gpu_tiles.Tiles(16, 2, 2, 8, True),
   ),
   (
     ArgumentSpec(384, 48, (30,), "bfloat16", block_size=192, codebook="fp4"),
-    gpu_tiles.Tiles(32, 2, 1, 8),
+    gpu_tiles.Tiles(32, 2, 1, 8, True),
   ),
   (
     ArgumentSpec(1024, 48, (200,), "bfloat16", block_size=4096, codebook="equal_mass16"),
-    gpu_tiles.Tiles(192, 1, 1, 5),
+    gpu_tiles.Tiles(192, 1, 1, 5, False),
   ),
 ]
 
@@ -153,12 +153,29 @@ def test_tiles_read_each_code_at_its_place(rows, block_size):
   dense = np.asarray(dequantize(w))
   for first in range(0, 256, rows):
     x = jnp.eye(256, dtype=jnp.float16)[first : first + rows]
-    y = simulate_tiles(x, w, gpu_tiles.Tiles(rows, 1, 1, 4))
+    y = simulate_tiles(x, w, gpu_tiles.Tiles(rows, 1, 1, 4, rows == 64))
     np.testing.assert_allclose(y, dense[first : first + rows], rtol=2e-3)
     # Zero is zero.
     assert not y[dense[first : first + rows] == 0].any()
   assert (dense == 0).any()
   assert set(np.unique(w.codes & 15)) == set(range(16))
+
+
+def test_tiles_say_what_they_do_not_serve():
+  def reason(spec, tiles=None):
+    x, w = jax.eval_shape(lambda: arguments(spec))
+    return str(gpu_tiles.unsupported(x, w, tiles or gpu_tiles.default_tiles(x.shape[0], w)))
+
+  assert "x is float32" in reason(ArgumentSpec(256, 16))
+  assert "K = 172 and N = 64" in reason(ArgumentSpec(172, 64, dtype="bfloat16"))
+  assert "K = 256 and N = 8;" in reason(ArgumentSpec(256, 8, dtype="bfloat16"))
+  assert "other than 4 bits" in reason(ArgumentSpec(256, 16, dtype="bfloat16", codebook="nf3"))
+  assert "block size 48" in reason(ArgumentSpec(256, 16, dtype="bfloat16", block_size=48))
+  assert "offsets have 32 bits" in reason(ArgumentSpec(28672, 16, (40000,), dtype="bfloat16"))
+  wide = gpu_tiles.Tiles(256, 1, 1, 8, promoted=False)
+  assert "of shared memory wanted" in reason(ArgumentSpec(256, 16, dtype="bfloat16"), wide)
+  for spec in specs.REAL:
+    assert reason(spec) == "None", spec
 
 
 # Dequantizing
@@ -199,7 +216,7 @@ def lowered(f, *args) -> str:
 @pytest.mark.parametrize("spec", specs.REAL, ids=str)
 def test_every_real_shape_lowers_for_an_h100(spec):
   x, w = jax.eval_shape(lambda: arguments(spec))
-  few = len(x.shape) and x.shape[0] <= gpu.MOST_FEW_ROWS
+  few = x.shape[0] <= gpu.MOST_TILED_ROWS
   text = lowered(quantized_matmul, x, w)
   assert ("mosaic_gpu" in text) == few
   assert ("triton" in text) != few
@@ -225,7 +242,7 @@ def test_stacks_lower_under_scan_and_vmap():
     return jax.lax.scan(lambda c, w: (c, quantized_matmul(c, w)), x[0], stack)
 
   assert "mosaic_gpu" in lowered(scanned, x, stack)
-  many = jax.ShapeDtypeStruct((4, 300, 256), jnp.bfloat16)
+  many = jax.ShapeDtypeStruct((4, gpu.MOST_TILED_ROWS + 1, 256), jnp.bfloat16)
   assert "triton" in lowered(jax.vmap(quantized_matmul), many, stack)
 
 
@@ -400,7 +417,17 @@ def test_on_a_gpu(spec):
 
 
 @on_a_gpu
-@pytest.mark.parametrize("rows", [1, 3, 7, 16, 30])
+@pytest.mark.parametrize(("spec", "tiles"), TILED, ids=str)
+def test_tiles_on_a_gpu(spec, tiles):
+  x, w = arguments(spec)
+  product = jax.jit(functools.partial(gpu_tiles.product, tiles=tiles))
+  y = product(x, w)
+  assert error(y, x, w) < 1.1 * library_error(x, w)
+  np.testing.assert_array_equal(product(x, w), y)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("rows", [1, 3, 7, 16, 30, 200])
 def test_a_stack_on_a_gpu(rows):
   spec = ArgumentSpec(384, 164, (rows,), "bfloat16")
   x = jax.random.normal(jax.random.key(0), (5, rows, 384), jnp.bfloat16)

@@ -13,7 +13,8 @@ from qlora_jax.linen import QDense
 from qlora_jax.matmul import adapted_matmul, fuses_adapter, gpu, gpu_dequantize
 
 HAS_GPU = jax.default_backend() == "gpu"
-M, K, N = 80, 256, 512
+# More rows than are multiplied by codes decoded in registers.
+M, K, N = gpu.MOST_TILED_ROWS + 8, 256, 512
 SCALING = jnp.float32(2)
 
 
@@ -127,7 +128,7 @@ def test_trials_share_one_decoded_weight():
   ],
 )
 def test_what_is_served(change, served):
-  case = {"rank": 16, "rows": 65, "dtype": jnp.bfloat16, "k": K, "n": N} | change
+  case = {"rank": 16, "rows": M, "dtype": jnp.bfloat16, "k": K, "n": N} | change
   w = quantize(jnp.ones((case["k"], case["n"])))
   x = jnp.ones((case["rows"], case["k"]), case["dtype"])
   assert gpu.fuses_adapter(x, w, case["rank"]) == served

@@ -429,7 +429,7 @@ def test_tiles_on_a_gpu(spec, tiles):
 @on_a_gpu
 @pytest.mark.parametrize("rows", [1, 3, 7, 16, 30, 200])
 def test_a_stack_on_a_gpu(rows):
-  spec = ArgumentSpec(384, 164, (rows,), "bfloat16")
+  spec = ArgumentSpec(384, 176, (rows,), "bfloat16")
   x = jax.random.normal(jax.random.key(0), (5, rows, 384), jnp.bfloat16)
   stack = spec.w(jax.random.key(1), (5,))
   layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(5)]

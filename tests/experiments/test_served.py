@@ -17,4 +17,4 @@ def test_the_readme_has_the_registry_s_table():
 
 def test_tables_a_column_are_xla_s_alone():
   answers = [served.answer("any4", *column[1:]) for column in served._COLUMNS]
-  assert answers == ["no", "no", "no", "yes"]
+  assert answers == ["no"] * (len(served._COLUMNS) - 1) + ["yes"]

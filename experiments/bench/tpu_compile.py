@@ -4,9 +4,10 @@
 
 Compiled, on any machine where libtpu is installed; nothing runs on a TPU. The parts:
 
-  specs    every small case of `matmul.specs` and real ones of Llama's MLP, forward and input
-           gradient: seconds to compile, VMEM, and of the real ones the bundles of a step for 1,024
-           weights, beside what XLA's own program (dequantize, then dot) holds in HBM.
+  specs    every small case of `matmul.specs`, forward and input gradient: seconds to compile, VMEM.
+  real     Llama-3.1-8B's MLP, of few rows and of many: the same, bundles of a step for 1,024
+           weights, and the compiler's account of cost and memory beside that of XLA's own programs:
+           dequantize, then dot, with the levels looked up and with 15 selects.
   decodes  ways to turn codes into levels: bundles, and vector operations, for 1,024 weights.
   steps    a train step of Llama-3.1-8B's shape, 4 × 2048 tokens on 2 × 2 chips (fsdp × tensor),
            with the kernel and with XLA's product: bytes on each chip.
@@ -40,14 +41,29 @@ from qlora_jax.hf import checkpoint
 from qlora_jax.matmul import quantized_matmul, sharded, specs, tpu_tiles
 from qlora_jax.memory import step_bytes
 from qlora_jax.models.transformer import Transformer
-from qlora_jax.quantized_tensor import is_quantized
+from qlora_jax.quantized_tensor import (
+  QuantizedTensor,
+  is_quantized,
+  restore_scales,
+  split_rows,
+  unpack,
+)
 from qlora_jax.train import init_state, make_train_step
 
-PARTS = ("specs", "decodes", "steps")
-# Of the real cases: a minute each to compile, all of them.
-REAL = [spec for spec in specs.REAL if {spec.k, spec.n} == {4096, 14336} and spec.rows != (1,)]
-# Chips that a step of 8B is compiled for.
-_STEP_CHIPS = ("v5e", "v6e")
+PARTS = ("decodes", "real", "specs", "steps")
+# Of the real cases: the other shapes are cut into the same tiles.
+REAL = [
+  spec for spec in specs.REAL if (spec.k, spec.n) == (4096, 14336) and spec.rows[0] in (16, 4096)
+]
+# Bytes of a TensorCore's VMEM, by `pltpu.get_tpu_info_for_chip` of JAX 0.11.2.
+VMEM = {"v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20, "v7x": 64 << 20}
+# Chips that a step of 8B is compiled for, with options of their compiler. v6e's crashes on it while
+# it moves what it has placed in VMEM (BestFitRepacker, libtpu 0.0.48.1): it may not, there.
+_STEP_OPTIONS: dict[str, dict[str, int]] = {
+  "v5e": {},
+  "v6e": {"xla_gf_vmem_max_repacks": 0, "xla_msa_max_repacks": 0},
+}
+BATCH = (4, 2048)
 _WEIGHTS = 1024
 
 
@@ -56,44 +72,88 @@ def measure_spec(chip: str, spec: specs.ArgumentSpec) -> Iterator[dict[str, Any]
   mesh = tpu_compiler.one_chip(chip)
   x, w = jax.eval_shape(lambda key: (spec.x(key), spec.w(key)), jax.random.key(0))
   g = jax.ShapeDtypeStruct((*spec.rows, spec.n), x.dtype)
-  layout = tpu_tiles.Layout.of(w, tpu_tiles.Tiles())
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    layout = tpu_tiles.Layout.of(w, tpu_tiles.default_tiles())
   weights = layout.k * layout.n / _WEIGHTS
 
-  def gradient(implementation, g, x, w):
-    product = functools.partial(quantized_matmul, implementation=implementation)
+  def gradient(product, g, x, w):
     return jax.vjp(lambda x: product(x, w), x)[1](g)
 
-  for work, kernel, function, arguments in (
-    (
-      "forward",
-      "quantized_matmul",
-      lambda name, x, w: quantized_matmul(x, w, implementation=name),
-      (x, w),
-    ),
-    ("input gradient", "quantized_matmul_gradient", gradient, (g, x, w)),
+  products: dict[str, Callable] = {
+    "tpu": functools.partial(quantized_matmul, implementation="tpu"),
+    "xla": functools.partial(quantized_matmul, implementation="xla"),
+    "xla, selects": product_by_selects,
+  }
+  for work, kernel, arguments in (
+    ("forward", "quantized_matmul", (x, w)),
+    ("input gradient", "quantized_matmul_gradient", (g, x, w)),
   ):
+
+    def compiled(name, work=work, arguments=arguments):
+      product = products[name]
+      function = product if work == "forward" else functools.partial(gradient, product)
+      return tpu_compiler.compile_for(mesh, function, *arguments)
+
     started = time.perf_counter()
-    compiled = tpu_compiler.compile_for(mesh, functools.partial(function, "tpu"), *arguments)
+    ours = compiled("tpu")
+    vmem = vmem_bytes(ours)
     result = {
       "chip": chip,
       "spec": str(spec),
       "work": work,
-      "seconds": time.perf_counter() - started,
-      "vmem_bytes": vmem_bytes(compiled),
-      "hbm_temporaries": compiled.memory_analysis().temp_size_in_bytes,
+      "seconds": round(time.perf_counter() - started, 1),
+      "vmem_bytes": vmem,
+      "share_of_vmem": round(vmem / VMEM[chip], 4),
     }
     if spec in specs.REAL:
       schedule = tpu_compiler.schedule(kernel)
-      result["bundles_for_1024_weights"] = schedule.bundles / weights
+      result["bundles_for_1024_weights"] = round(schedule.bundles / weights, 3)
       result["slots_used"] = {
-        unit: used / (schedule.bundles * schedule.slots[unit])
+        unit: round(used / (schedule.bundles * schedule.slots[unit]), 3)
         for unit, used in schedule.units.items()
       }
-      plain = tpu_compiler.compile_for(mesh, functools.partial(function, "xla"), *arguments)
-      result["xla_hbm_temporaries"] = plain.memory_analysis().temp_size_in_bytes
-      result["xla_bytes_accessed"] = plain.cost_analysis()["bytes accessed"]
-      result["xla_optimal_seconds"] = plain.cost_analysis()["optimal_seconds"]
+      result["tpu"] = analysis(ours)
+      result |= {name: analysis(compiled(name)) for name in products if name != "tpu"}
     yield result
+
+
+def analysis(compiled: Any) -> dict[str, Any]:
+  """What the compiler says of a program's cost and of its memory.
+
+  Its estimate of the time counts −1 for what it does not estimate (a kernel; some of its own
+  fusions): None then.
+  """
+  cost = compiled.cost_analysis()
+  seconds = cost["optimal_seconds"]
+  return {
+    "flops": cost["flops"],
+    "bytes_accessed": cost["bytes accessed"],
+    "optimal_seconds": seconds if seconds > 0 else None,
+    "hbm_temporaries": compiled.memory_analysis().temp_size_in_bytes,
+  }
+
+
+def product_by_selects(x: jax.Array, w: QuantizedTensor) -> jax.Array:
+  """The definition without a lookup, which XLA does not fuse into the product on a TPU.
+
+  Of 4 bits in blocks of 64, K whole groups. Differentiable by JAX's own rules.
+  """
+  scales = restore_scales(w.scales).reshape(-1, 2, 1, w.shape[1])
+  total = jnp.zeros((*x.shape[:-1], w.shape[1]), jnp.float32)
+  parts = zip(split_rows(x, w.bits, -1), unpack(w.codes, w.bits, w.padding), strict=True)
+  for j, (part, codes) in enumerate(parts):
+    levels = select(list(w.levels.astype(jnp.float32)), [codes & (1 << i) != 0 for i in range(4)])
+    plane = (levels * scales[:, j]).astype(x.dtype)
+    total += jnp.einsum("...gk,gkn->...n", part, plane, preferred_element_type=jnp.float32)
+  return total.astype(x.dtype)
+
+
+def select(levels: list[jax.Array], bits: list[jax.Array]) -> jax.Array:
+  """The level of each code, of which `bits` are the bits, the lowest first: 15 selects of 16."""
+  for bit in bits:
+    pairs = zip(levels[::2], levels[1::2], strict=True)
+    levels = [jnp.where(bit, high, low) for low, high in pairs]
+  return levels[0]
 
 
 def vmem_bytes(compiled: Any) -> int:
@@ -107,35 +167,36 @@ def vmem_bytes(compiled: Any) -> int:
 
 
 # Ways to look a code up. Each takes `word` `[8, 128]`, bytes of two codes with their signs, the
-# first bit of the code, and the 16 levels in three forms: along the sublanes of two registers,
-# along the lanes of one, and a register each.
+# first bit of the code, the number of the strip of 8 rows, and the 16 levels in three forms: along
+# the sublanes of two registers, along the lanes of one, and a register each.
 
 Registers = tuple[list[jax.Array], jax.Array, list[jax.Array]]
-Decode = Callable[[jax.Array, int, Registers], jax.Array]
+Decode = Callable[[jax.Array, int, int, Registers], jax.Array]
 
 
-def _by_sublane(word, first, registers):
-  """What the kernel does."""
+def _by_sublane(word, first, strip, registers):
   return tpu_tiles.lookup(registers[0], word, 4, first)
 
 
-def _by_lane(word, first, registers):
-  code = (word >> first) & 15
-  return tpu_tiles.gather(registers[1], code, 1)
+def _by_lane(word, first, strip, registers):
+  return tpu_tiles.lookup([registers[1]], word, 4, first, by_lane=True)
 
 
-def _by_selects(word, first, registers):
-  levels = registers[2]
-  for bit in range(first, first + 4):
-    chosen = (word & (1 << bit)) != 0
-    pairs = zip(levels[::2], levels[1::2], strict=True)
-    levels = [jnp.where(chosen, high, low) for low, high in pairs]
-  return levels[0]
+def _shared(word, first, strip, registers, *, every):
+  """What the kernel does, on v5 for each fourth strip and else for each third."""
+  way = _by_lane if strip % every == every - 1 else _by_sublane
+  return way(word, first, strip, registers)
+
+
+def _by_selects(word, first, strip, registers):
+  return select(registers[2], [word & (1 << bit) != 0 for bit in range(first, first + 4)])
 
 
 # With the width of the registers in which it is done.
 DECODES: dict[str, tuple[Decode, Any, Any]] = {
   "by sublane, two registers": (_by_sublane, jnp.int32, jnp.float32),
+  "by sublane, each fourth by lane": (functools.partial(_shared, every=4), jnp.int32, jnp.float32),
+  "by sublane, each third by lane": (functools.partial(_shared, every=3), jnp.int32, jnp.float32),
   "by lane, one register": (_by_lane, jnp.int32, jnp.float32),
   "selects, float32": (_by_selects, jnp.int32, jnp.float32),
   "selects, bfloat16": (_by_selects, jnp.int16, jnp.bfloat16),
@@ -158,7 +219,13 @@ def measure_decode(chip: str, name: str) -> dict[str, Any]:
         scale = scales[2 * group + plane : 2 * group + plane + 1].astype(dtype)
         pieces = [
           [
-            decode(word[i : i + strip, j : j + 128], 4 * plane, registers) * scale[:, j : j + 128]
+            decode(
+              word[i : i + strip, j : j + 128],
+              4 * plane,
+              (128 * group + 64 * plane + i) // strip,
+              registers,
+            )
+            * scale[:, j : j + 128]
             for j in range(0, columns, 128)
           ]
           for i in range(0, 64, strip)
@@ -224,16 +291,18 @@ def measure_step(chip: str, model_name: str, implementation: str | None) -> dict
     state = jax.tree.map(put, jax.eval_shape(start))
     kinds = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": bool}
     batch = {
-      name: put(jax.ShapeDtypeStruct((1, 4, 2048), kind), None, "fsdp")
+      name: put(jax.ShapeDtypeStruct((1, *BATCH), kind), None, "fsdp")
       for name, kind in kinds.items()
     }
     traced = make_train_step(model, optimizer).trace(state, frozen, batch)
-    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    compiled = lowered.compile(compiler_options=dict(_STEP_OPTIONS[chip]))
   memory = compiled.memory_analysis()
   return {
     "chip": chip,
     "model": model_name,
     "product": implementation or "tpu",
+    "compiler_options": _STEP_OPTIONS[chip],
     "seconds": time.perf_counter() - started,
     "kernels": compiled.as_text().count("tpu_custom_call"),
     "argument_bytes": memory.argument_size_in_bytes,
@@ -280,12 +349,12 @@ def main(argv: Sequence[str]) -> int:
     if "decodes" in parts:
       for name in DECODES:
         record("decodes", measure_decode(chip, name))
-    if "specs" in parts:
-      for spec in (*specs.SMALL, *REAL):
+    for part, cases in (("real", REAL), ("specs", specs.SMALL)):
+      for spec in cases if part in parts else ():
         if spec.dtype != "float16":
           for result in measure_spec(chip, spec):
-            record("specs", result)
-    if "steps" in parts and chip in _STEP_CHIPS:
+            record(part, result)
+    if "steps" in parts and chip in _STEP_OPTIONS:
       for implementation in (None, "xla"):
         record("steps", measure_step(chip, arguments.model, implementation))
   return 0

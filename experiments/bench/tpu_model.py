@@ -5,7 +5,7 @@
 Three times for each case, of which the longest is the prediction, since the kernel's pipeline runs
 them side by side: bytes at the bandwidth of HBM, products at the peak of the matrix units, and
 decoding at the bundles that a step of the kernel takes with 16 rows (`DECODE_BUNDLES`, as counted
-by `experiments.bench.tpu_compile --parts specs`). Beside it the same of a bf16 weight, and of one
+by `experiments.bench.tpu_compile --parts real`). Beside it the same of a bf16 weight, and of one
 that is dequantized into HBM first: its bytes alone, no time for decoding, so that it is at best
 that. `share` is bf16's time over ours: above 1 the packed product is the faster one.
 """
@@ -45,8 +45,9 @@ class Chip:
 
 # Peaks, bandwidths and TensorCores: https://docs.cloud.google.com/tpu/docs/v5e, and of the others
 # the table of https://docs.cloud.google.com/tpu/docs/tpu7x. The matrix units of v5e and v5p are
-# four of 128 × 128. Those of v6e and TPU7x are taken to do 2^18 products a cycle, an assumption: at
-# the clock that follows, a full schedule reaches the published peak.
+# four of 128 × 128. Those of v6e and TPU7x, two of 256 × 256 by JAX's own table
+# (`pltpu.get_tpu_info_for_chip`), are taken to do 2^18 products a cycle, an assumption: at the
+# clock that follows, a full schedule reaches the published peak.
 CHIPS = {
   "v5e": Chip(197e12, 819e9, cores=1, products=4 * 128**2),
   "v5p": Chip(459e12, 2765e9, cores=2, products=4 * 128**2),
@@ -55,7 +56,7 @@ CHIPS = {
 }
 
 # For 1,024 weights, 4096 → 14336.
-DECODE_BUNDLES = {"v5e": 2.55, "v5p": 2.55, "v6e": 2.37, "v7x": 2.37}
+DECODE_BUNDLES = {"v5e": 2.39, "v5p": 2.39, "v6e": 2.02, "v7x": 2.02}
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192))
 ROWS = (1, 16, 64, 256, 1024, 4096, 8192)

@@ -56,7 +56,8 @@ def quantized_matmul(
 
   Args:
     x: `[..., K]`, bfloat16, float16 or float32. Products accumulate in float32; of float32 x they
-      have JAX's default precision, which on a GPU is TF32, on a TPU bfloat16.
+      have JAX's default precision, which on a GPU is TF32, on a TPU bfloat16; but "tpu" multiplies
+      them as float32 where `jax_default_matmul_precision` is not set.
     w: `[K, N]`, no leading axes: `vmap` or `scan` over a stack.
     implementation: a name in the registry ("gpu", "tpu", "xla"); None takes the first of them that
       serves the case on JAX's default device.
@@ -87,8 +88,26 @@ def quantized_matmul(
   return _around(name, *manual_axes.alike(x, w))
 
 
+def transposed_matmul(
+  g: jax.Array, w: AnyQuantizedTensor, *, implementation: str | None = None
+) -> jax.Array:
+  """g · dequantize(w)ᵀ, the input gradient of `quantized_matmul`, for a custom VJP around it.
+
+  Args:
+    g: `[..., N]`, of x's dtype. w: `[K, N]`, without outliers or a rotation.
+    implementation: as in `quantized_matmul`.
+
+  Returns:
+    `[..., K]` in g's dtype.
+
+  Raises:
+    ValueError: see `choose`.
+  """
+  return _folded(IMPLEMENTATIONS[choose(g, w, implementation)].input_gradient)(g, w)
+
+
 def choose(x: Any, w: AnyQuantizedTensor, name: str | None = None) -> str:
-  """The implementation that takes a product: `name` if it is one. Of x, shape and dtype are read.
+  """The implementation that takes a product: `name` if it is one. Of x, the dtype is read.
 
   Outliers and rotations stand around a packed weight; it is that one which is served.
 

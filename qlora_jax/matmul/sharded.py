@@ -4,8 +4,8 @@ Kernels see local arrays alone, and `custom_partitioning` has no batching rule, 
 product in a `shard_map`. A weight is cut along "fsdp", which is gathered again, packed, where it is
 multiplied; and along "tensor", which stays cut: along N it cuts the result, along K the result is a
 sum over the devices, each of whose parts is rounded to x's dtype. Rows of x are cut along "data"
-and "fsdp". What the backward pass keeps is the gathered weight, packed: rematerialize the layer,
-and it is gathered again.
+and "fsdp". What is kept for the backward pass is each device's own part, which is gathered again
+there.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.matmul import api
+from qlora_jax.matmul import api, manual_axes
 from qlora_jax.quantized_tensor import (
   GROUP,
   NestedScales,
@@ -122,14 +122,28 @@ def sharded_matmul(
   batch = _present(_BATCH)
   middle = [None] * (x.ndim - 2)
 
-  def local(x, w):
+  def gathered(w):
     def gather(leaf, spec):
       if _GATHERED not in spec:
         return leaf
       return jax.lax.all_gather(leaf, _GATHERED, axis=spec.index(_GATHERED), tiled=True)
 
-    gathered = jax.tree.map(gather, w, specs)
-    y = api.quantized_matmul(x, gathered, implementation=implementation)
+    return jax.tree.map(gather, w, specs)
+
+  # Around the gathering, so that its residual is what was gathered.
+  @jax.custom_vjp
+  def product(x, w):
+    return api.quantized_matmul(x, gathered(w), implementation=implementation)
+
+  def backward(w, g):
+    # The barrier keeps XLA from gathering once for both passes, and holding that in between.
+    g, w = jax.lax.optimization_barrier((g, w))
+    return api.transposed_matmul(g, gathered(w), implementation=implementation), None
+
+  product.defvjp(lambda x, w: (product(x, w), w), backward)
+
+  def local(x, w):
+    y = product(*manual_axes.alike(x, w))
     return jax.lax.psum(y, _KEPT) if k_axis == _KEPT else y
 
   return jax.shard_map(

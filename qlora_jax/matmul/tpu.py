@@ -32,8 +32,8 @@ def unsupported(x: Any, w: AnyQuantizedTensor) -> str | None:
 
   if w.size > _MOST_BY_ROW and tpu_tiles.Layout.of(w, tpu_tiles.Tiles()).block == 0:
     return (
-      f"K = {k} in blocks of {w.block_size}, which do not fall on its tiles: each row's scales "
-      f"would be written down, of more than {_MOST_BY_ROW} weights"
+      f"K = {k} in blocks of {w.block_size}: 8 rows that are decoded together may lie in two "
+      f"blocks, so each row's scales would be written down, of more than {_MOST_BY_ROW} weights"
     )
   return None
 

@@ -4,10 +4,14 @@ A grid step holds a tile of codes, which the pipeline fetched while the step bef
 decodes it into a `[k, n]` tile of x's dtype; and multiplies all the rows of x that fit by it. No
 dequantized weight is written to HBM. The input gradient decodes the same tiles, and contracts n.
 
-The decode is by sublane: a table of 16 levels lies along the 8 sublanes of two registers, the low
-three bits of a code pick a sublane in each, and the fourth chooses. It takes the fewest bundles of
-the compiler's schedule, on every generation (`python -m experiments.bench.tpu_compile --parts
-decodes` counts it beside those that were not taken).
+Two units share the decode. By sublane: a table of 16 levels lies along the 8 sublanes of two
+registers, the low three bits of a code pick a sublane in each, and the fourth chooses; that is the
+vector unit's work, and of all ways alone takes the fewest bundles of the compiler's schedule, on
+every generation (`python -m experiments.bench.tpu_compile --parts decodes` counts them). By lane:
+the levels lie along one register's lanes, and the permute unit, idle else, picks. Every third or
+fourth strip of 8 rows goes by lane (`Tiles.by_lane`): with 16 rows of x a step takes 2.39 bundles
+for 1,024 weights on v5e in place of 2.55, 2.02 on v6e and TPU7x in place of 2.37. More of them take
+more, the permutes' results being in the way: each second 2.73 and 2.46, three of 8 2.15 on v6e.
 """
 
 import dataclasses
@@ -21,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qlora_jax import codebooks
-from qlora_jax.matmul import manual_axes
+from qlora_jax.matmul import manual_axes, target
 from qlora_jax.quantized_tensor import (
   GROUP,
   NestedScales,
@@ -49,11 +53,19 @@ class Tiles:
   Attributes:
     rows: of x, or of the output's gradient, that a decoded tile is multiplied by.
     k, n: rows and columns of W.
+    by_lane: every which strip of 16-level codes is looked up by lane.
   """
 
   rows: int = 1024
   k: int = 1024
   n: int = 1024
+  by_lane: int = 3
+
+
+def default_tiles() -> Tiles:
+  """For the device that is traced for."""
+  # The one whose permute unit takes longer: see the counts above.
+  return Tiles(by_lane=4) if target.target()[1].device_kind.startswith("TPU v5") else Tiles()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +77,11 @@ class Layout:
     plane: rows of a plane.
     ragged: whether 128 does not divide K: it is one group then, its planes padded, and one tile.
     k, n: of a tile; rows: of x, at most.
-    block: rows of K that share a scale; 0 where each row has its own.
+    block: rows of K that share a scale, which is written down again for each block of so many
+      where those of the weight do not fall on tiles; 0 where each row has its own.
     nested: whether scales come as codes, absmax, offset and map.
     has_zero: whether zero-points come after them.
+    by_lane: as of `Tiles`.
   """
 
   bits: int
@@ -79,22 +93,28 @@ class Layout:
   block: int
   nested: bool
   has_zero: bool
+  by_lane: int
 
   @classmethod
   def of(cls, w: QuantizedTensor, tiles: Tiles) -> "Layout":
     """Of a matrix, in tiles of at most these sizes."""
     k, n = w.shape
     ragged = k % GROUP != 0
-    plane = -(-plane_rows(k, w.bits)[1] // _BYTE_ROWS) * _BYTE_ROWS if ragged else 0
-    # Where a strip of rows may lie in two blocks, each row has its scale written beside it.
-    block = 0 if ragged or w.block_size % _SUBLANES else w.block_size
-    nested = isinstance(w.scales, NestedScales) and block != 0
+    _, byte_rows, sizes = plane_rows(k, w.bits)
+    plane = -(-byte_rows // _BYTE_ROWS) * _BYTE_ROWS if ragged else 0
+    # Else a strip of 8 rows may lie in two blocks, and each row has its scale written beside it.
+    in_one_block = not any(size % _SUBLANES for size in (w.block_size, *sizes))
+    block, nested = 0, False
     if ragged:
       tile_k = planes(w.bits) * plane
+      block = _SUBLANES if in_one_block else 0
     else:
       fits = _divisors(k, tiles.k)
-      whole = [each for each in fits if block and max(each, block) % min(each, block) == 0]
-      block = block if whole else 0
+      even = [each for each in fits if max(each, w.block_size) % min(each, w.block_size) == 0]
+      whole = even if in_one_block else []
+      nested = isinstance(w.scales, NestedScales) and bool(whole)
+      if in_one_block:
+        block = w.block_size if whole else math.gcd(w.block_size, GROUP)
       # Rows of one run of absmax; else the scales are restored ahead of the kernel.
       run = [each for each in whole if nested and _run(w.scales) % max(1, each // block) == 0]
       nested = bool(run)
@@ -111,6 +131,7 @@ class Layout:
       block=block,
       nested=nested,
       has_zero=w.zero is not None,
+      by_lane=tiles.by_lane,
     )
 
   @property
@@ -138,7 +159,7 @@ def _divisors(size: int, most: int) -> list[int]:
 def product(
   x: jax.Array,
   w: QuantizedTensor,
-  tiles: Tiles = Tiles(),
+  tiles: Tiles | None = None,
   *,
   transposed: bool = False,
   interpret: bool = False,
@@ -146,9 +167,10 @@ def product(
   """`[..., K] · [K, N] → [..., N]`, or `[..., N] · [K, N]ᵀ → [..., K]`, in x's dtype.
 
   Args:
-    x: bfloat16 or float32, of any leading axes.
+    x: bfloat16 or float32, of any leading axes. Products of float32 are of full precision, unless
+      `jax_default_matmul_precision` says otherwise.
     w: of one table; what `tpu.unsupported` says nothing of.
-    tiles: the largest.
+    tiles: the largest; `default_tiles` where None.
     transposed: whether x `[..., N]` is multiplied by the transpose.
     interpret: run the kernel's program as JAX, on any device.
   """
@@ -156,7 +178,7 @@ def product(
   rows = x.reshape(-1, x.shape[-1])
   if not len(rows):
     return jnp.zeros((*x.shape[:-1], k if transposed else n), x.dtype)
-  layout = Layout.of(w, tiles)
+  layout = Layout.of(w, tiles or default_tiles())
   rows = jnp.pad(rows, ((0, 0), (0, -n % _LANES))) if transposed else _split_planes(rows, w, layout)
   operands = _operands(w, layout)
   m = min(len(rows), layout.rows)
@@ -220,18 +242,17 @@ def _operands(w: QuantizedTensor, layout: Layout) -> list[_Operand]:
     codes = jnp.pad(unit, ((0, 0), (0, layout.plane - unit.shape[1]), (0, 0)))
     codes = codes.reshape(-1, codes.shape[-1])
   codes = jnp.pad(codes, ((0, 0), (0, columns)))
-  # Signed: a byte's top bit is then its sign, and widening it costs one operation, not two.
-  codes = jax.lax.bitcast_convert_type(codes, jnp.int8)
   operands = [
     _Operand(codes, (layout.byte_rows, layout.n), lambda t, j: (t, j)),
-    _whole(_table(w.levels.astype(jnp.float32), along_lanes=w.bits == 8)),
+    _whole(_tables(w.levels.astype(jnp.float32), w.bits)),
   ]
 
   def per_block(blocks: jax.Array) -> _Operand:
     """`[K/B, N]`, of scales, their codes or zero-points."""
-    if layout.block == 0:
-      blocks = jnp.repeat(blocks, w.block_size, 0)[: w.shape[0]]
-      blocks = _split_planes(blocks.T, w, layout).T
+    unit = max(1, min(layout.block, w.block_size))
+    if unit != w.block_size or layout.ragged:
+      blocks = jnp.repeat(blocks, w.block_size // unit, 0)[: w.shape[0] // unit]
+      blocks = _split_planes(blocks.T, w, layout, unit).T
     blocks = jnp.pad(blocks, ((0, 0), (0, columns)))
     rows = layout.scale_rows
     tiles_a_row = max(1, layout.block // layout.k)
@@ -243,7 +264,7 @@ def _operands(w: QuantizedTensor, layout: Layout) -> list[_Operand]:
 
   if layout.nested:
     assert isinstance(w.scales, NestedScales)
-    operands.append(per_block(jax.lax.bitcast_convert_type(w.scales.codes, jnp.int8)))
+    operands.append(per_block(w.scales.codes))
     operands.append(_absmax(w.scales, layout, columns))
     operands.append(_whole(w.scales.offset.astype(jnp.float32).reshape(1, 1)))
     operands.append(_whole(_table(jnp.asarray(codebooks.dynamic_map()), along_lanes=True)))
@@ -257,6 +278,16 @@ def _operands(w: QuantizedTensor, layout: Layout) -> list[_Operand]:
 def _whole(array: jax.Array) -> _Operand:
   """An operand that every tile reads whole."""
   return _Operand(array, array.shape, lambda t, j: (0,) * array.ndim)
+
+
+def _tables(levels: jax.Array, bits: int) -> jax.Array:
+  """What `lookup` wants: by lane the 256 levels of 8 bits, else by sublane; of 4 bits by both."""
+  if bits == 8:
+    return _table(levels, along_lanes=True)
+  by_sublane = _table(levels, along_lanes=False)
+  return (
+    jnp.concatenate([by_sublane, _table(levels, along_lanes=True)]) if bits == 4 else by_sublane
+  )
 
 
 def _table(levels: jax.Array, along_lanes: bool) -> jax.Array:
@@ -287,13 +318,14 @@ def _padded(k: int, layout: Layout) -> int:
   return layout.group if layout.ragged else k
 
 
-def _split_planes(x: jax.Array, w: QuantizedTensor, layout: Layout) -> jax.Array:
-  """`[..., K]` → as the tiles have K: a ragged one's planes each padded with zeros."""
+def _split_planes(x: jax.Array, w: QuantizedTensor, layout: Layout, unit: int = 1) -> jax.Array:
+  """`[M, K / unit]` → as the tiles have K: a ragged one's planes each padded with zeros."""
   if not layout.ragged:
     return x
+  plane = layout.plane // unit
   parts = split_rows(x, w.bits, -1)
   return jnp.concatenate(
-    [jnp.pad(part[..., 0, :], ((0, 0), (0, layout.plane - part.shape[-1]))) for part in parts], -1
+    [jnp.pad(part[..., 0, :], ((0, 0), (0, plane - part.shape[-1]))) for part in parts], -1
   )
 
 
@@ -321,7 +353,7 @@ def _kernel(x_ref, codes_ref, table_ref, *refs, layout: Layout, transposed: bool
 
   zero = parameters.pop()[...] if layout.has_zero else None
   scales = _restored(*parameters) if layout.nested else parameters[0][...]
-  codes = codes_ref[...].astype(jnp.int32)
+  codes = _signed(codes_ref[...])
   levels = functools.partial(lookup, [table_ref[i] for i in range(table_ref.shape[0])])
   chunk = layout.group * max(1, _CHUNK // layout.group)
   for start in range(0, layout.k, chunk):
@@ -345,8 +377,25 @@ def _kernel(x_ref, codes_ref, table_ref, *refs, layout: Layout, transposed: bool
     y_ref[...] = sum_ref[...].astype(y_ref.dtype)
 
 
+def _signed(codes: jax.Array) -> jax.Array:
+  """Bytes as int32, the top bit their sign, as `lookup` wants them: widened in one operation.
+
+  Here, since a weight that changes its type ahead of the kernel is written to HBM once more.
+  """
+  return jax.lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.int32)
+
+
 def _dot(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
-  return jax.lax.dot_general(x, w, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+  # The matrix unit would round float32 to bfloat16.
+  config: Any = jax.config
+  exact = x.dtype == jnp.float32 and config.jax_default_matmul_precision is None
+  return jax.lax.dot_general(
+    x,
+    w,
+    (((1,), (axis,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+    preferred_element_type=jnp.float32,
+  )
 
 
 def _decoded_group(group: int, codes, levels, scales, zero, layout: Layout, dtype) -> list:
@@ -366,7 +415,8 @@ def _decoded_group(group: int, codes, levels, scales, zero, layout: Layout, dtyp
       word = strip(codes, first)
     for j in range(planes(layout.bits)):
       k = group * layout.group + j * layout.plane + row
-      weight = levels(word, layout.bits, layout.bits * j)
+      by_lane = layout.bits == 4 and k // _SUBLANES % layout.by_lane == layout.by_lane - 1
+      weight = levels(word, layout.bits, layout.bits * j, by_lane=by_lane)
       if zero is not None:
         weight = weight - _of_strip(zero, k, layout)
       weights[k] = weight * _of_strip(scales, k, layout)
@@ -385,17 +435,27 @@ def _of_strip(blocks: jax.Array, k: int, layout: Layout) -> jax.Array:
   return blocks[block : block + 1]
 
 
-def lookup(table: list[jax.Array], word: jax.Array, bits: int, first: int = 0) -> jax.Array:
-  """The levels of the codes that start at bit `first` of `word`, a byte with its sign, `[8, n]`."""
+def lookup(
+  tables: list[jax.Array], word: jax.Array, bits: int, first: int = 0, *, by_lane: bool = False
+) -> jax.Array:
+  """The levels of the codes that start at bit `first` of `word`, a byte with its sign, `[8, n]`.
+
+  Args:
+    tables: registers, as `_tables` has them.
+    by_lane: of 4 bits, which of its tables to look in.
+  """
+  shifted = word >> first if first else word
+  if by_lane:
+    return gather(tables[-1], shifted & ((1 << bits) - 1), 1)
   # 256 levels lie along the lanes of two registers, fewer along the sublanes of one or two.
   axis, length = (1, _LANES) if bits == 8 else (0, _SUBLANES)
-  index = (word >> first if first else word) & (min(length, 1 << bits) - 1)
-  low = gather(table[0], index, axis)
-  if len(table) == 1:
+  index = shifted & (min(length, 1 << bits) - 1)
+  low = gather(tables[0], index, axis)
+  if 1 << bits <= length:
     return low
   top = first + bits - 1
   upper = word < 0 if top == 7 else word & (1 << top) != 0
-  return jnp.where(upper, gather(table[1], index, axis), low)
+  return jnp.where(upper, gather(tables[1], index, axis), low)
 
 
 def gather(register: jax.Array, index: jax.Array, axis: int) -> jax.Array:
@@ -426,7 +486,7 @@ def gather(register: jax.Array, index: jax.Array, axis: int) -> jax.Array:
 
 def _restored(codes_ref, absmax_ref, offset_ref, map_ref) -> jax.Array:
   """A tile's scales `[rows, n]`, undoing double quantization: two roundings, as there."""
-  codes = codes_ref[...].astype(jnp.int32)  # signed, as `lookup` wants them
+  codes = _signed(codes_ref[...])
   halves = [map_ref[0], map_ref[1]]
   rows = len(codes)
   # In whole registers, which is what is looked up in.

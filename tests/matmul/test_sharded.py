@@ -54,6 +54,21 @@ def test_product_and_gradient_are_those_of_one_device(partition, codebook):
   assert not any(f"f32[{n}" in line for line in gathers for n in ("512,", "256,256"))
 
 
+@pytest.mark.parametrize("partition", [sharded.COLUMNS, sharded.ROWS], ids=["columns", "rows"])
+def test_each_device_keeps_its_own_part_for_the_backward_pass(partition):
+  spec = ArgumentSpec(512, 256, (4, 3))
+
+  def residuals(x, w):
+    product = functools.partial(sharded.sharded_matmul, w=w, partition=partition)
+    return jax.tree.leaves(jax.vjp(product, x)[1])
+
+  with jax.set_mesh(mesh()):
+    x, w = spec.x(jax.random.key(0)), spec.w(jax.random.key(1))
+    kept = jax.eval_shape(residuals, x, w)
+  # Over all devices: gathered codes would be twice as many.
+  assert sum(leaf.size for leaf in kept if leaf.dtype == jnp.uint8) == w.codes.size
+
+
 def test_a_layer_with_an_adapter():
   spec = ArgumentSpec(512, 256, (4, 3))
   x, w = spec.x(jax.random.key(0)), spec.w(jax.random.key(1))

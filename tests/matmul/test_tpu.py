@@ -5,6 +5,7 @@ Nothing here has run on a TPU.
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.bench import tpu_compiler
+from experiments.bench import tpu_compile, tpu_compiler
 from qlora_jax import dequantize, quantize, quantized_matmul
 from qlora_jax.matmul import api, sharded, specs, tpu
 from qlora_jax.matmul.specs import ArgumentSpec
@@ -66,8 +67,10 @@ QUICK = (
   ArgumentSpec(172, 130, (2, 2), "bfloat16"),
   ArgumentSpec(384, 16, (), block_size=48),
   ArgumentSpec(384, 16, block_size=512),
+  # Scales written down again for less than a block: of 16 rows, of 8 of a ragged K.
+  ArgumentSpec(256, 16, codebook="int4_zero_point", block_size=48),
+  ArgumentSpec(144, 16, block_size=32),
   ArgumentSpec(256, 8, (1,), "bfloat16", block_size=1, double_quantization=False),
-  ArgumentSpec(256, 16, codebook="int4_zero_point", block_size=32),
   ArgumentSpec(129, 3, codebook="equal_mass16"),
 )
 REST = [spec for spec in specs.SMALL if spec.dtype != "float16"]
@@ -163,10 +166,42 @@ def test_a_tpu_takes_the_kernel_and_others_are_refused():
     assert api.choose(half, w) == "xla"
     long = jax.eval_shape(lambda: ArgumentSpec(8200, 16).w(jax.random.key(0)))
     assert "K = 8200, which 128 does not divide" in str(tpu.unsupported(x, long))
-    odd = jax.eval_shape(lambda: ArgumentSpec(2048, 1024, block_size=96).w(jax.random.key(0)))
-    assert "in blocks of 96, which do not fall on its tiles" in str(tpu.unsupported(x, odd))
-    columns = dataclasses.replace(w, levels=jax.ShapeDtypeStruct((16, 16), jnp.float32))
+    odd = jax.eval_shape(lambda: ArgumentSpec(2048, 1024, block_size=100).w(jax.random.key(0)))
+    assert "in blocks of 100: 8 rows that are decoded together" in str(tpu.unsupported(x, odd))
+    # In parts that fall on tiles, of blocks or of a ragged K.
+    for spec in (ArgumentSpec(2048, 1024, block_size=96), ArgumentSpec(1600, 1024)):
+      w = jax.eval_shape(lambda spec=spec: spec.w(jax.random.key(0)))
+      assert tpu.unsupported(x, w) is None
+    columns = dataclasses.replace(odd, levels=jax.ShapeDtypeStruct((16, 16), jnp.float32))
     assert "a table for each output" in str(tpu.unsupported(x, columns))
+
+
+def traced(function, *arguments):
+  """The jaxpr's text, as for a TPU."""
+  with jax.sharding.use_abstract_mesh(tpu_mesh()):
+    return str(jax.make_jaxpr(function)(*arguments))
+
+
+def test_trials_are_rows_of_one_product():
+  spec = ArgumentSpec(256, 16, (4, 3), "bfloat16")
+  x, w, g = jax.eval_shape(lambda: arguments(spec))
+
+  def both(x, w, g):
+    y, pullback = jax.vjp(lambda x: quantized_matmul(x, w), x)
+    return y, pullback(g)
+
+  text = traced(jax.vmap(both, (0, None, 0)), x, w, g)
+  assert text.count("pallas_call[") == 2
+  assert "bf16[12,128]" in text and "bf16[12,256]" in text
+
+
+def test_float32_is_multiplied_as_float32():
+  x, w, _ = jax.eval_shape(lambda: arguments(ArgumentSpec(256, 128)))
+  assert "Precision.HIGHEST" in traced(quantized_matmul, x, w)
+  with jax.default_matmul_precision("bfloat16"):
+    assert "Precision.HIGHEST" not in traced(quantized_matmul, x, w)
+  half = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
+  assert "Precision.HIGHEST" not in traced(quantized_matmul, half, w)
 
 
 # The compiler's programs
@@ -181,7 +216,7 @@ def test_a_tpu_takes_the_kernel_and_others_are_refused():
     pytest.param(ArgumentSpec(172, 64), marks=pytest.mark.slow),
     pytest.param(ArgumentSpec(256, 128, codebook="nf3"), marks=pytest.mark.slow),
     pytest.param(ArgumentSpec(256, 128, codebook="int8"), marks=pytest.mark.slow),
-    pytest.param(ArgumentSpec(1024, 1024, (256,), "bfloat16"), marks=pytest.mark.slow),
+    pytest.param(ArgumentSpec(2048, 2048, (16,), "bfloat16"), marks=pytest.mark.slow),
   ],
   ids=str,
 )
@@ -195,9 +230,11 @@ def test_forward_and_gradient_compile(chip, spec):
   compiled = tpu_compiler.compile_for(tpu_compiler.one_chip(chip), both, x, w, g)
   text = compiled.as_text()
   assert text.count("tpu_custom_call") >= 2
-  # No weight of x's dtype is written: what is held beside the arguments is smaller than one.
+  assert tpu_compile.vmem_bytes(compiled) < tpu_compile.VMEM[chip] / 2
   if spec.k * spec.n > 2**19:
-    assert compiled.memory_analysis().temp_size_in_bytes < spec.k * spec.n * x.dtype.itemsize / 2
+    # No weight is written, neither of x's dtype nor packed, as of another type.
+    assert compiled.memory_analysis().temp_size_in_bytes < w.codes.size / 2
+    assert not re.search(rf"(s8|s32|bf16)\[({w.codes.shape[0]}|{spec.k}),{spec.n}\]", text)
 
 
 @compiles

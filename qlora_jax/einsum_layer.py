@@ -2,7 +2,7 @@
 
 The weight of `einsum(equation, x, w)` is kept as `[..., K, N]`, whatever the order of its axes, so
 that it is quantized, adapted and merged as any kernel is; the equation says which of its axes are
-which.
+which. A bias is kept as `[..., N]` likewise.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def layout(equation: str, shape: tuple[int, ...], path: str = "kernel") -> Layou
   Raises:
     ValueError: an equation for which it is no matrix.
   """
-  terms = equation.replace(" ", "").partition("->")[0].split(",")
+  terms = _terms(equation)[:-1]
   if len(terms) != 2 or "..." in terms[1] or len(terms[1]) != len(shape):
     raise ValueError(
       f"{path}: equation {equation!r}, weight {list(shape)}; x's term, and a letter for each axis "
@@ -51,10 +51,23 @@ def layout(equation: str, shape: tuple[int, ...], path: str = "kernel") -> Layou
   return found
 
 
+def bias_shape(own: Layout) -> tuple[int, ...]:
+  """`[..., N]`."""
+  *leading, _, n = own.matrices_shape
+  return (*leading, n)
+
+
 def product(
-  equation: str, own: Layout, data: Mapping[str, Any], x: jax.Array, path: str
+  equation: str,
+  own: Layout,
+  data: Mapping[str, Any],
+  x: jax.Array,
+  path: str,
+  *,
+  bias: jax.Array | None = None,
+  implementation: str | None = None,
 ) -> jax.Array:
-  """`einsum(equation, x, w)` with w's adapter, in x's dtype.
+  """`einsum(equation, x, w)` with w's adapter, and a bias, in x's dtype.
 
   Args:
     equation, own: as `layout` has them.
@@ -62,7 +75,33 @@ def product(
       there is dropout a `dropout_key` `[...]`.
     x: as the equation has it.
     path: of the layer, for messages.
+    bias: `[..., N]`.
+    implementation: of `quantized_matmul`.
   """
   jaxpr, constants = _traced(equation, own.shape, x)
   value = Value(dict(data), path, whole(own.shape), x.dtype, frozenset(), own)
-  return evaluate(jaxpr, constants, [x, value])[0]
+  y = evaluate(jaxpr, constants, [x, value], implementation)[0]
+  return y if bias is None else y + _in_result(equation, own, bias.astype(y.dtype), y)
+
+
+def _in_result(equation: str, own: Layout, bias: jax.Array, y: jax.Array) -> jax.Array:
+  """A bias `[..., N]`, with its axes where the result has them."""
+  _, w, out = _terms(equation)
+  axes = (*own.leading, *own.outputs)
+  bias = bias.reshape([own.shape[axis] for axis in axes])
+  before, dots, after = out.partition("...")
+  place = {letter: i for i, letter in enumerate(before)}
+  place |= {letter: y.ndim - len(after) + i for i, letter in enumerate(after)} if dots else {}
+  places = [place[w[axis]] for axis in axes]
+  order = sorted(range(len(axes)), key=places.__getitem__)
+  return jax.lax.broadcast_in_dim(jnp.transpose(bias, order), y.shape, sorted(places))
+
+
+def _terms(equation: str) -> list[str]:
+  """The operands' terms and, last, the result's, as einsum has it where there is no arrow."""
+  terms, arrow, out = equation.replace(" ", "").partition("->")
+  if not arrow:
+    letters = terms.replace(",", "").replace("...", "")
+    once = "".join(sorted(c for c in letters if letters.count(c) == 1))
+    out = "..." * ("..." in terms) + once
+  return [*terms.split(","), out]

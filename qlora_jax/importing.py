@@ -20,7 +20,17 @@ all share, XLA has one product of all their columns, and so has this, with one a
 
 A table that is looked up is laid out `[D, V]`, whether or not it is also the head: its blocks run
 along D, and both the lookup and the product read them. Its adapter changes the table, and so
-both (this library's own models tell the two apart).
+both (this library's own models tell the two apart); a rule that packs a tied table warns of it.
+
+Weights that are sharded over a mesh of automatic axes are packed as they lie: the codes are cut as
+the weight is, and XLA shares the products out. How `merge` cuts its results is XLA's choice too, or
+`out_shardings` of a `jax.jit` around it.
+Explicit axes are refused: a product's result has no place there without its author's word.
+
+No adapter goes into PEFT's format from here. PEFT finds a weight by the name and the layout that a
+torch module has for it, which are not to be read off a Flax tree; `hf.save_adapter` knows them for
+the families in `models`. The trees are plain arrays, for Orbax or any other writer; or `merge`,
+and use the exporter of the code that the weights are for.
 
 Not taken: `nn.intercept_methods`, with packed weights in the module's own collection, as Linen has
 it and NNX does not. It sees calls of Flax's own layers; the weights of gemma, Tunix and Equinox are
@@ -28,6 +38,7 @@ in einsum modules of their own, which read a param and call `jnp.einsum` on it.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
@@ -54,6 +65,8 @@ class Adapted:
     left_alone: path → why, of the matrices that are as they were.
     specs: path → shape and dtype, of all weights.
     structure: of the tree of weights.
+    implementation: of `quantized_matmul`, for all products with packed weights; another one by
+      `dataclasses.replace`.
   """
 
   function: Callable[..., Any]
@@ -61,6 +74,7 @@ class Adapted:
   left_alone: Mapping[str, str]
   specs: Mapping[str, jax.ShapeDtypeStruct]
   structure: Any
+  implementation: str | None = None
 
   @property
   def tied(self) -> tuple[str, ...]:
@@ -102,7 +116,7 @@ class Adapted:
       ValueError: a leaf that fits no weight, or a use of a packed weight that the arguments given
         to `adapt` did not show.
     """
-    flat = self._leaves(variables["frozen"])
+    flat = self._leaves(variables)
     full = tree_paths.leaves(variables.get("params", {}))
     fixed = tree_paths.leaves(variables.get("constants", {}))
     used, operands = set(), []
@@ -141,7 +155,7 @@ class Adapted:
       if path.rpartition("/")[0] not in layers:
         raise ValueError(f"constants: {path}: fits no weight of the function")
     jaxpr, constants, dynamic, tree = _trace(self, args, kwargs)
-    results = evaluate(jaxpr, constants, [*operands, *dynamic])
+    results = evaluate(jaxpr, constants, [*operands, *dynamic], self.implementation)
     for value in results:
       if isinstance(value, Value):
         raise unserved(value, "returned")
@@ -155,7 +169,7 @@ class Adapted:
     Args:
       variables: as `apply` reads them.
     """
-    flat = self._leaves(variables["frozen"])
+    flat = self._leaves(variables)
     full = tree_paths.leaves(variables.get("params", {}))
     whole = {path: full.pop(path) for path in self.specs if path in full}
     matrices = {
@@ -170,8 +184,11 @@ class Adapted:
       leaves.append(jnp.asarray(whole.get(path, leaf), spec.dtype))
     return jax.tree.unflatten(self.structure, leaves)
 
-  def _leaves(self, frozen: Any) -> dict[str, Any]:
-    flat = tree_paths.leaves(frozen, is_leaf=is_quantized)
+  def _leaves(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `frozen`, by path."""
+    if "frozen" not in variables:
+      raise ValueError(f"variables: {', '.join(variables) or 'none'}; `frozen` is not among them")
+    flat = tree_paths.leaves(variables["frozen"], is_leaf=is_quantized)
     if flat.keys() != self.specs.keys():
       odd = sorted(flat.keys() ^ self.specs.keys())
       raise ValueError(f"frozen: {odd[0]}: not in both this tree and the function's own")
@@ -207,7 +224,6 @@ def adapt(
   quantize: Mapping[str, Treatment] | None = None,
   adapters: LoRAConfig | None = None,
   key: jax.Array | None = None,
-  exclude: Callable[[str], str | None] | None = None,
   **kwargs: Any,
 ) -> tuple[Adapted, Any, dict, dict]:
   """Packs the weights of somebody else's function, and makes adapters for them.
@@ -223,7 +239,6 @@ def adapt(
     adapters: which weights get one, by the same paths. Tables that are only looked up, or tied
       to the head, are meant by their own name alone, no wildcard takes them in.
     key: for the adapters' start.
-    exclude: path → why a weight is to be left alone, or None; asked after the function was traced.
 
   Returns:
     (adapted, frozen, params, constants). `adapted.apply({"frozen": …, "params": …, "constants": …},
@@ -231,13 +246,59 @@ def adapt(
 
   Raises:
     ValueError: a pattern that matches no weight, with near paths, or none that can be packed or
-      adapted, with the reasons; see also `quantize_tree` and `lora.init`.
+      adapted, with the reasons; a weight on explicit axes of a mesh; see also `quantize_tree` and
+      `lora.init`.
+
+  Warns:
+    UserWarning: a rule packs a table that is also the head, and so changes both.
 
   >>> adapted, frozen, params, constants = adapt(
   ...   f, weights, x, quantize={"*/w": QuantizationConfig()}, adapters=cfg, key=key)
   """
+  found = pack(function, weights, args, kwargs, quantize=quantize, adapters=adapters, key=key)
+  warn_of_tied(*found[:2])
+  return found
+
+
+def warn_of_tied(adapted: Adapted, frozen: Any) -> None:
+  """Warns the caller's caller of each tied table that is packed."""
+  flat = tree_paths.leaves(frozen, is_leaf=is_quantized)
+  for path in adapted.tied:
+    if is_quantized(flat[path]):
+      warnings.warn(
+        f"quantize: {path}: tied: the lookup and the head read this one table, so packing it "
+        "rounds both the embeddings and the logits' weights, and an adapter on it changes both; "
+        "patterns that leave it out keep it as it is",
+        UserWarning,
+        stacklevel=3,
+      )
+
+
+def pack(
+  function: Callable[..., Any],
+  weights: Any,
+  args: tuple[Any, ...],
+  kwargs: Mapping[str, Any],
+  *,
+  quantize: Mapping[str, Treatment] | None,
+  adapters: LoRAConfig | None,
+  key: jax.Array | None,
+  exclude: Callable[[str], str | None] | None = None,
+) -> tuple[Adapted, Any, dict, dict]:
+  """`adapt`, for the modules that have one of their own; it does not warn.
+
+  Args:
+    exclude: path → why a weight is to be left alone, or None; asked after the function was traced.
+  """
+  if not isinstance(quantize, Mapping | None):
+    raise ValueError(
+      f"quantize: {quantize}; path pattern → treatment is wanted, such as "
+      "{'*/kernel': QuantizationConfig()}"
+    )
   rules = dict(quantize or {})
   flat = tree_paths.leaves(weights)
+  for path, w in flat.items():
+    _refuse_explicit(path, w)
   specs = {path: jax.ShapeDtypeStruct(jnp.shape(w), jnp.result_type(w)) for path, w in flat.items()}
   bare = Adapted(function, {}, {}, specs, jax.tree.structure(weights))
   jaxpr, _, dynamic, _ = _trace(bare, args, kwargs)
@@ -292,12 +353,35 @@ def adapt(
       base |= tree_paths.leaves(changed, is_leaf=is_quantized)
     else:
       params, constants = lora.init(key, {path: base[path] for path in candidates}, adapters)
+    _refuse_own_adapters(flat, constants)
     params = _in_own_shape(params, layouts)
   leaves = [
     layouts[path].weight(leaf) if path in layouts and not is_quantized(leaf) else leaf
     for path, leaf in base.items()
   ]
   return adapted, jax.tree.unflatten(adapted.structure, leaves), params, constants
+
+
+def _refuse_own_adapters(weights: Mapping[str, Any], constants: Any) -> None:
+  """Raises where a leaf of an adapter would have the path of a weight that the function has."""
+  fixed = tree_paths.leaves(constants)
+  for path in weights:
+    layer, _, name = path.rpartition("/")
+    if name in TRAINED and (f"{layer}/scaling" if layer else "scaling") in fixed:
+      raise ValueError(
+        f"{path}: a weight of the function's own, at the path of an adapter's; leave {layer!r} out "
+        "of targets, or merge its own adapter first"
+      )
+
+
+def _refuse_explicit(path: str, w: Any) -> None:
+  sharding = jax.typeof(w).sharding
+  for axis in jax.tree.leaves(tuple(sharding.spec)):
+    # What is cut along automatic axes has no such axis in its type.
+    raise ValueError(
+      f"{path}: cut along {axis!r}, an explicit axis of its mesh; make the mesh with "
+      "axis_types=(jax.sharding.AxisType.Auto, …), under which XLA shares the products out"
+    )
 
 
 def _packs(treatment: Treatment) -> bool:

@@ -22,8 +22,9 @@ from qlora_jax import einsum_layer, importing, lora
 from qlora_jax.adapted_product import FIXED, TRAINED, adapted_product, row, scaling_of
 from qlora_jax.matmul import manual_axes, quantized_matmul, sharded
 from qlora_jax.packed_evaluation import for_all
-from qlora_jax.quantization import Treatment
-from qlora_jax.quantized_tensor import AnyQuantizedTensor
+from qlora_jax.quantization import Treatment, dequantize
+from qlora_jax.quantized_tensor import AnyQuantizedTensor, is_quantized
+from qlora_jax.row_lookup import take_rows
 
 Initializer = Callable[..., jax.Array]
 
@@ -150,7 +151,7 @@ class QDense(nn.Module):
 
 
 class QEinsum(nn.Module):
-  """y = einsum(equation, x, W), and the adapter's s · A · B in W if there is one; no bias.
+  """y = einsum(equation, x, W) (+ bias), and the adapter's s · A · B in W if there is one.
 
   Its `kernel` is `[..., K, N]`, packed or plain, whatever the order of the axes in the equation
   (see `einsum_layer`): what is contracted makes K, batches lead, and the rest is N.
@@ -158,13 +159,17 @@ class QEinsum(nn.Module):
   Attributes:
     equation: x's term first, such as "btd,dnh->btnh".
     shape: of W, as the equation has it.
+    use_bias: whether a frozen `bias` `[..., N]` is added.
     dtype: x, the products' operands, and y.
+    implementation: of `quantized_matmul`.
     kernel_init: for `init` alone.
   """
 
   equation: str
   shape: tuple[int, ...]
+  use_bias: bool = False
   dtype: DTypeLike = jnp.bfloat16
+  implementation: str | None = None
   kernel_init: Initializer = nn.initializers.lecun_normal()
 
   @nn.compact
@@ -178,7 +183,19 @@ class QEinsum(nn.Module):
     data = {"kernel": kernel, "params": params, "constants": for_all(constants, leading)}
     if key is not None:
       data["dropout_key"] = jax.random.split(key, leading)
-    return einsum_layer.product(self.equation, layout, data, x.astype(self.dtype), path)
+    bias = None
+    if self.use_bias:
+      shape = einsum_layer.bias_shape(layout)
+      bias = plain_weight(self, "bias", nn.initializers.zeros_init(), shape)
+    return einsum_layer.product(
+      self.equation,
+      layout,
+      data,
+      x.astype(self.dtype),
+      path,
+      bias=bias,
+      implementation=self.implementation,
+    )
 
 
 class TiedHead(nn.Module):
@@ -196,15 +213,20 @@ class TiedHead(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, table: jax.Array, tokens: tuple[jax.Array, jax.Array] | None = None
+    self,
+    x: jax.Array,
+    table: jax.Array | AnyQuantizedTensor,
+    tokens: tuple[jax.Array, jax.Array] | None = None,
   ) -> jax.Array:
     """`[..., D]`, and the table `[V, D]` without its own adapter, to `[..., V]`.
 
     Args:
+      table: where it is packed, it is dequantized as a whole, and there while logits are made.
       tokens: `Embed.tokens` of that table.
     """
     x = x.astype(self.dtype)
-    kernel = table.T
+    # Packed along V, which is N here: no product reads it so.
+    kernel = (dequantize(table, self.dtype) if is_quantized(table) else table).T  # pyright: ignore
     if self.has_variable("params", "kernel"):
       kernel = plain_weight(self, "kernel", nn.initializers.zeros_init(), kernel.shape)
 
@@ -217,6 +239,8 @@ class TiedHead(nn.Module):
 
 class Embed(nn.Module):
   """The token table `[V, D]`, looked up: scale · (table[ids] + s · A[ids] · B).
+
+  It may be packed, along V; a lookup reads its rows alone.
 
   Attributes:
     vocab_size: V.
@@ -233,13 +257,17 @@ class Embed(nn.Module):
   def setup(self):
     shape = (self.vocab_size, self.features)
     # Without the adapter: what a tied head multiplies by.
-    self.embedding = plain_weight(self, "embedding", nn.initializers.normal(0.02), shape)
+    self.embedding = weight(self, "embedding", nn.initializers.normal(0.02), shape)
     # Ids and what is added to their rows, where some tokens are trained alone.
     self.tokens = _tokens(self)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """`[...]` ids to `[..., D]`."""
-    y = jnp.take(self.embedding, tokens, axis=0)
+    table = self.embedding
+    if is_quantized(table):
+      y = take_rows(table, tokens, self.dtype)  # pyright: ignore[reportArgumentType]
+    else:
+      y = jnp.take(table, tokens, axis=0)  # pyright: ignore[reportArgumentType]
     if self.tokens is not None:
       y = y.astype(jnp.float32) + lora.token_rows(tokens, *self.tokens)
     y = y.astype(self.dtype)
@@ -354,13 +382,18 @@ class AdaptedModule:
     Args:
       variables: those three, and the module's other collections, such as `batch_stats`.
       args, kwargs: of `module.apply`: `rngs`, `method` and `mutable` too.
-      dropout_key: of the adapters' dropout; the module's own is in `rngs`.
+      dropout_key: of the adapters' dropout; where None it is drawn from `rngs["dropout"]`, if that
+        is given.
 
     Raises:
       ValueError: see `importing.Adapted.apply`.
     """
     trees = {name: tree for name, tree in variables.items() if name in _TREES}
     others = {name: tree for name, tree in variables.items() if name not in _TREES}
+    rngs = kwargs.get("rngs")
+    if dropout_key is None and isinstance(rngs, Mapping) and "dropout" in rngs:
+      # Not what any module of its own would draw from it.
+      dropout_key = lora.path_key(rngs["dropout"], "qlora_jax/adapters")
     return self.function.apply(trees, others, *args, dropout_key=dropout_key, **kwargs)
 
   def merge(self, variables: Mapping[str, Any]) -> Any:
@@ -407,10 +440,18 @@ def adapt(
   Raises:
     ValueError: see `importing.adapt`.
 
+  Warns:
+    UserWarning: a rule packs a table that is also the head, and so changes both.
+
   >>> adapted, frozen, params, constants = linen.adapt(
   ...   module, variables, tokens, quantize={"*/kernel": QuantizationConfig()},
   ...   adapters=LoRAConfig(targets=("*/kernel",)), key=key)
   """
+  if "params" not in variables:
+    raise ValueError(
+      f"variables: {', '.join(map(str, variables)) or 'none'}; `params` is not among them: give "
+      "what module.init returns, or {'params': …}"
+    )
   boxed, others = variables["params"], {k: v for k, v in variables.items() if k != "params"}
   if taken := [name for name in _TREES if name in others]:
     raise ValueError(f"{taken[0]}: a collection of the module's own; adapt keeps its trees there")
@@ -427,11 +468,11 @@ def adapt(
     return call(*args, **kwargs)
 
   with nn.intercept_methods(note):
-    own, frozen, params, constants = importing.adapt(
+    own, frozen, params, constants = importing.pack(
       function,
       weights,
-      others,
-      *args,
+      (others, *args),
+      kwargs,
       quantize=quantize,
       adapters=adapters,
       key=key,
@@ -440,8 +481,8 @@ def adapt(
         if isinstance(module, nn.RNNCellBase) or any(path.startswith(f"{cell}/") for cell in cells)
         else None
       ),
-      **kwargs,
     )
+  importing.warn_of_tied(own, frozen)
   boxes = jax.tree.map(
     lambda box: box.replace_boxed(False) if _is_box(box) else False, boxed, is_leaf=_is_box
   )

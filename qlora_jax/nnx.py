@@ -16,13 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes as flax_dtypes
 from jax.typing import DTypeLike
 
-from qlora_jax import einsum_layer, importing, lora
+from qlora_jax import einsum_layer, importing, lora, tree_paths
 from qlora_jax.adapted_product import adapted_product, projection, row
 from qlora_jax.lora import LoRAConfig
-from qlora_jax.packed_evaluation import for_all
+from qlora_jax.packed_evaluation import for_all, in_precision
 from qlora_jax.quantization import QuantizationConfig, Treatment, quantize_tree
+from qlora_jax.quantized_tensor import is_quantized
 
 Initializer = Callable[..., jax.Array]
 
@@ -62,11 +64,19 @@ class Adapted(nnx.Module):
       other variables (batch statistics, caches, random streams) are what a call reads and writes.
     adapters: LoRAParams. Weights that are trained in full are among them.
     constants: Constants.
+    rngs: of the adapters' dropout, or None. Its `dropout` stream is drawn from in each call but
+      after `eval()`.
     function: `importing.Adapted`, of the module's Params; it has `layouts`, `left_alone`, `tied`.
   """
 
   def __init__(
-    self, function: importing.Adapted, module: nnx.Module, frozen: Any, params: Any, constants: Any
+    self,
+    function: importing.Adapted,
+    module: nnx.Module,
+    frozen: Any,
+    params: Any,
+    constants: Any,
+    rngs: nnx.Rngs | None = None,
   ):
     self.function = nnx.static(function)
     graph, weights, others = nnx.split(nnx.clone(module), nnx.Param, ...)
@@ -75,6 +85,8 @@ class Adapted(nnx.Module):
     self.module: Any = nnx.merge(graph, weights, others)
     self.adapters = nnx.data(_variables(params, nnx.LoRAParam))
     self.constants = nnx.data(_variables(constants, Constant))
+    self.rngs = nnx.data(rngs)
+    self.deterministic = False
 
   def __call__(
     self,
@@ -88,12 +100,15 @@ class Adapted(nnx.Module):
     Args:
       args, kwargs: of the module's method. Arrays are traced; all else is as it is.
       method: of the module.
-      dropout_key: of the adapters' dropout; the module's own has its streams.
+      dropout_key: of the adapters' dropout; where None it is drawn from `rngs`, if there are any.
+        The module's own has its streams.
 
     Raises:
       ValueError: see `importing.Adapted.apply`.
     """
     graph, _, others = nnx.split(self.module, Frozen, ...)
+    if dropout_key is None and self.rngs is not None and not self.deterministic:
+      dropout_key = self.rngs.dropout()
     out, changed = self.function.apply(
       self._trees(), graph, others, method, *args, dropout_key=dropout_key, **kwargs
     )
@@ -105,8 +120,18 @@ class Adapted(nnx.Module):
 
     Args:
       into: a module like that which was adapted.
+
+    Raises:
+      ValueError: its Params have other paths or shapes; the message names one.
     """
     state = nnx.state(into, nnx.Param)
+    own = {path: w.shape for path, w in self.function.specs.items()}
+    theirs = {path: w.shape for path, w in tree_paths.leaves(nnx.to_pure_dict(state)).items()}
+    for path in sorted(own.keys() | theirs.keys()):
+      if own.get(path) != theirs.get(path):
+        raise ValueError(
+          f"into: {path}: shape {theirs.get(path)}; the adapted module's is {own.get(path)}"
+        )
     nnx.replace_by_pure_dict(state, self.function.merge(self._trees()))
     nnx.update(into, state)
 
@@ -132,6 +157,7 @@ def adapt(
   quantize: Mapping[str, Treatment] | None = None,
   adapters: LoRAConfig | None = None,
   key: jax.Array | None = None,
+  rngs: nnx.Rngs | None = None,
   method: str = "__call__",
   **kwargs: Any,
 ) -> Adapted:
@@ -143,6 +169,8 @@ def adapt(
     quantize: path pattern → treatment; paths are those of `nnx.state(model, nnx.Param)`.
     adapters: which weights get one.
     key: for the adapters' start.
+    rngs: of the adapters' dropout: the `dropout` stream, of which the result keeps a copy. Without
+      it there is dropout in calls with a `dropout_key` alone.
     method: that is called.
 
   Returns:
@@ -150,6 +178,9 @@ def adapt(
 
   Raises:
     ValueError: a call that makes variables; see also `importing.adapt`.
+
+  Warns:
+    UserWarning: a rule packs a table that is also the head, and so changes both.
 
   >>> model = nnx.adapt(model, tokens, quantize={"*/kernel": QuantizationConfig()},
   ...                   adapters=LoRAConfig(targets=("*/kernel",)), key=key)
@@ -177,13 +208,11 @@ def adapt(
     for path, node in nnx.iter_graph(model)
     if isinstance(node, nnx.RNNCellBase)
   ]
-  own, frozen, params, constants = importing.adapt(
+  own, frozen, params, constants = importing.pack(
     function,
     nnx.to_pure_dict(weights),
-    graph,
-    others,
-    method,
-    *args,
+    (graph, others, method, *args),
+    kwargs,
     quantize=quantize,
     adapters=adapters,
     key=key,
@@ -193,9 +222,10 @@ def adapt(
       if any(not cell or path.startswith(f"{cell}/") for cell in cells)
       else None
     ),
-    **kwargs,
   )
-  return Adapted(own, model, frozen, params, constants)
+  importing.warn_of_tied(own, frozen)
+  # A stream that two modules shared would be split from the one by the other's call.
+  return Adapted(own, model, frozen, params, constants, None if rngs is None else nnx.clone(rngs))
 
 
 # Layers of our own.
@@ -234,6 +264,9 @@ class QLinear(_Product):
     kernel: W `[K, N]`, Frozen. bias: `[N]`, Frozen, or None.
     adapter: LoRAParams by name, `lora_a` `[K, r]` and `lora_b` `[r, N]` of plain LoRA.
     constants: the adapter's Constants.
+    dtype: x, the products' operands, and y; None for what JAX promotes those of x and of W, as
+      it was drawn or given to `of`, to.
+    precision, preferred_element_type: as `nnx.Linear` has them; the second is y's dtype.
   """
 
   def __init__(
@@ -242,7 +275,9 @@ class QLinear(_Product):
     out_features: int,
     *,
     use_bias: bool = True,
-    dtype: DTypeLike = jnp.bfloat16,
+    dtype: DTypeLike | None = jnp.bfloat16,
+    precision: jax.lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
     quantization: QuantizationConfig | None = None,
     adapter: LoRAConfig | None = None,
     implementation: str | None = None,
@@ -254,7 +289,7 @@ class QLinear(_Product):
     Args:
       in_features, out_features: K and N.
       use_bias: whether a frozen bias is added.
-      dtype: x, the products' operands, and y.
+      dtype, precision, preferred_element_type: see the attributes.
       quantization: how W is packed; None for not at all.
       adapter: of which the rank, alpha, variant and dropout count; None for none.
       implementation: of `quantized_matmul`.
@@ -265,6 +300,9 @@ class QLinear(_Product):
     self._own(kernel, quantization, adapter, rngs)
     self.bias = nnx.data(Frozen(jnp.zeros(out_features, jnp.float32)) if use_bias else None)
     self.dtype, self.implementation = dtype, implementation
+    self.param_dtype = jnp.dtype(kernel.dtype)
+    self.precision = precision
+    self.preferred_element_type = preferred_element_type
 
   @classmethod
   def of(
@@ -276,14 +314,25 @@ class QLinear(_Product):
     implementation: str | None = None,
     rngs: nnx.Rngs | None = None,
   ) -> "QLinear":
-    """A layer with the weights of an `nnx.Linear`, to be put in its place."""
+    """A layer with the weights of an `nnx.Linear`, to be put in its place.
+
+    Raises:
+      ValueError: an adapter without rngs for its start; a product or a promotion of dtypes that the
+        layer was given by its author.
+    """
     if adapter is not None and rngs is None:
       raise ValueError("adapter: given without rngs for its start")
+    usual = {"dot_general": jax.lax.dot_general, "promote_dtype": flax_dtypes.promote_dtype}
+    for name, function in usual.items():
+      if (own := getattr(linear, name)) is not function:
+        raise ValueError(f"{name}: {own} of the layer; QLinear has its own product")
     kernel = linear.kernel.get_value()
     self = cls(
       *kernel.shape,
       use_bias=False,
-      dtype=linear.dtype or linear.param_dtype,
+      dtype=linear.dtype,
+      precision=linear.precision,
+      preferred_element_type=linear.preferred_element_type,
       quantization=quantization,
       adapter=adapter,
       implementation=implementation,
@@ -296,29 +345,38 @@ class QLinear(_Product):
 
   def __call__(self, x: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
     """`[..., K] → [..., N]`."""
-    x = x.astype(self.dtype)
+    dtype = self.dtype
+    if dtype is None:
+      dtype = jnp.promote_types(x.dtype, self.param_dtype)
+    wanted = self.preferred_element_type
+    out = jnp.dtype(dtype if wanted is None else wanted)
+    x = x.astype(dtype)
     kernel = self.kernel.get_value()
-
-    y = adapted_product(
-      x,
-      _values(self.adapter),
-      _values(self.constants),
-      projection(kernel, self.implementation),
-      dtype=self.dtype,
-      kernel=kernel,
-      dropout_key=dropout_key,
-      implementation=self.implementation,
-      name="QLinear",
-    )
+    if is_quantized(kernel) and out.itemsize > x.dtype.itemsize:
+      # A packed product's result has x's dtype.
+      x = x.astype(out)
+    with in_precision(self.precision):
+      y = adapted_product(
+        x,
+        _values(self.adapter),
+        _values(self.constants),
+        projection(kernel, self.implementation),
+        dtype=out,
+        kernel=kernel,
+        dropout_key=dropout_key,
+        implementation=self.implementation,
+        name="QLinear",
+      )
     return y if self.bias is None else y + row(self.bias.get_value().astype(y.dtype), y)
 
 
 class QEinsum(_Product):
-  """y = einsum(equation, x, W), and the adapter's s · A · B in W if there is one; no bias.
+  """y = einsum(equation, x, W) (+ bias), and the adapter's s · A · B in W if there is one.
 
   Attributes:
     kernel: W as `[..., K, N]`, Frozen, whatever the order of the axes in the equation (see
       `einsum_layer`).
+    bias: `[..., N]`, Frozen, or None.
     adapter, constants: as QLinear's.
   """
 
@@ -327,9 +385,11 @@ class QEinsum(_Product):
     equation: str,
     shape: tuple[int, ...],
     *,
+    use_bias: bool = False,
     dtype: DTypeLike = jnp.bfloat16,
     quantization: QuantizationConfig | None = None,
     adapter: LoRAConfig | None = None,
+    implementation: str | None = None,
     kernel_init: Initializer = _INIT,
     rngs: nnx.Rngs,
   ):
@@ -338,13 +398,16 @@ class QEinsum(_Product):
     Args:
       equation: x's term first, such as "btd,dnh->btnh".
       shape: of W, as the equation has it.
-      dtype, quantization, adapter, kernel_init, rngs: as QLinear's.
+      use_bias, quantization, adapter, implementation, kernel_init, rngs: as QLinear's.
+      dtype: x, the products' operands, and y.
     """
     self.equation = equation
     self.layout = nnx.static(einsum_layer.layout(equation, tuple(shape)))
     kernel = kernel_init(rngs.params(), self.layout.matrices_shape, jnp.float32)
     self._own(kernel, quantization, adapter, rngs)
-    self.dtype = dtype
+    shape = einsum_layer.bias_shape(self.layout)
+    self.bias = nnx.data(Frozen(jnp.zeros(shape, jnp.float32)) if use_bias else None)
+    self.dtype, self.implementation = dtype, implementation
 
   def __call__(self, x: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
     """x and y as the equation has them."""
@@ -356,4 +419,12 @@ class QEinsum(_Product):
     }
     if dropout_key is not None and "dropout" in data["constants"]:
       data["dropout_key"] = jax.random.split(dropout_key, leading)
-    return einsum_layer.product(self.equation, self.layout, data, x.astype(self.dtype), "QEinsum")
+    return einsum_layer.product(
+      self.equation,
+      self.layout,
+      data,
+      x.astype(self.dtype),
+      "QEinsum",
+      bias=None if self.bias is None else self.bias.get_value(),
+      implementation=self.implementation,
+    )

@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend import core
 
 from qlora_jax import lora, tree_paths
-from qlora_jax.adapted_product import adapted_product, projection
+from qlora_jax.adapted_product import adapted_product, projection, scaling_of
 from qlora_jax.quantization import dequantize
 from qlora_jax.quantized_tensor import QuantizedTensor, is_quantized, restore_scales
 from qlora_jax.weight_uses import (
@@ -36,14 +36,20 @@ from qlora_jax.weight_uses import (
 )
 
 
-def evaluate(jaxpr: Any, constants: Sequence[Any], operands: Sequence[Any]) -> list[Any]:
-  """The jaxpr's results, where an operand may be a weight as a `Value`."""
+def evaluate(
+  jaxpr: Any, constants: Sequence[Any], operands: Sequence[Any], implementation: str | None = None
+) -> list[Any]:
+  """The jaxpr's results, where an operand may be a weight as a `Value`.
+
+  Args:
+    implementation: of `quantized_matmul`.
+  """
   env = dict(zip(jaxpr.constvars, constants, strict=True))
   env |= zip(jaxpr.invars, operands, strict=True)
   for eqn in jaxpr.eqns:
     own = [v.val if isinstance(v, core.Literal) else env[v] for v in eqn.invars]
     if any(isinstance(value, Value) for value in own):
-      results = _read(eqn, own)
+      results = _read(eqn, own, implementation)
     else:
       bound = eqn.primitive.get_bind_params(eqn.params)
       functions, params = bound if isinstance(bound, tuple) else ((), bound)
@@ -54,34 +60,35 @@ def evaluate(jaxpr: Any, constants: Sequence[Any], operands: Sequence[Any]) -> l
   return [v.val if isinstance(v, core.Literal) else env[v] for v in jaxpr.outvars]
 
 
-def _closed(jaxpr: Any) -> Callable[..., list[Any]]:
+def _closed(jaxpr: Any, implementation: str | None) -> Callable[..., list[Any]]:
   body, constants = opened(jaxpr)
-  return lambda *operands: evaluate(body, constants, operands)
+  return lambda *operands: evaluate(body, constants, operands, implementation)
 
 
-def _read(eqn: core.JaxprEqn, own: list[Any]) -> Sequence[Any]:
+def _read(eqn: core.JaxprEqn, own: list[Any], implementation: str | None) -> Sequence[Any]:
   """The results of an equation that a weight goes into."""
+  closed = functools.partial(_closed, implementation=implementation)
   name, first = eqn.primitive.name, own[0]
   if name in BODIES:
-    body = _closed(eqn.params[BODIES[name]])
+    body = closed(eqn.params[BODIES[name]])
     if name in ("remat2", "checkpoint"):
       kept = {key: eqn.params[key] for key in ("prevent_cse", "policy")}
       return jax.checkpoint(body, **kept)(*own)
     return body(*own)
   if name == "scan":
-    return _scan(eqn, own)
+    return _scan(eqn, own, closed(eqn.params["jaxpr"]))
   if name == "while":
     a, b = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    condition, body = _closed(eqn.params["cond_jaxpr"]), _closed(eqn.params["body_jaxpr"])
+    condition, body = closed(eqn.params["cond_jaxpr"]), closed(eqn.params["body_jaxpr"])
     return jax.lax.while_loop(
       lambda carry: condition(*own[:a], *carry)[0],
       lambda carry: body(*own[a : a + b], *carry),
       own[a + b :],
     )
   if name == "cond":
-    return jax.lax.switch(own[0], [_closed(branch) for branch in eqn.params["branches"]], *own[1:])
+    return jax.lax.switch(own[0], [closed(branch) for branch in eqn.params["branches"]], *own[1:])
   if name == "dot_general":
-    return [_dot(eqn, own)]
+    return [_dot(eqn, own, implementation)]
   if isinstance(first, Value):
     if lookup_axis(eqn, first) is not None:
       return [_look_up(eqn, first, own[1])]
@@ -114,14 +121,14 @@ def _without(value: Value, axis: int, index: Any, dims: Dims) -> Value:
   )
 
 
-def _scan(eqn: core.JaxprEqn, own: list[Any]) -> Sequence[Any]:
+def _scan(eqn: core.JaxprEqn, own: list[Any], body: Callable[..., list[Any]]) -> Sequence[Any]:
   num_constants, num_carried = scanned(eqn)
   first_sliced = num_constants + num_carried
   constants, carry = own[:num_constants], own[num_constants:first_sliced]
   for value in carry:
     if isinstance(value, Value):
       raise unserved(value, "carried by a loop")
-  body, inside, xs = _closed(eqn.params["jaxpr"]), [], []
+  inside, xs = [], []
   for value in own[first_sliced:]:
     if isinstance(value, Value):
       inner = enter_scan(value)
@@ -147,7 +154,7 @@ def _scan(eqn: core.JaxprEqn, own: list[Any]) -> Sequence[Any]:
   return [*carry, *ys]
 
 
-def _dot(eqn: core.JaxprEqn, own: list[Any]) -> jax.Array:
+def _dot(eqn: core.JaxprEqn, own: list[Any], implementation: str | None) -> jax.Array:
   """A product with a weight: x's axes are put in the order of K, and N's in that of the result."""
   side = 0 if isinstance(own[0], Value) else 1
   w, x = own[side], own[1 - side]
@@ -182,10 +189,15 @@ def _dot(eqn: core.JaxprEqn, own: list[Any]) -> jax.Array:
   leading = x.shape[: len(batch_parts)]
   x = x.reshape(*leading, *free_sizes, math.prod(_sizes(k_parts)))
 
-  product = functools.partial(_product, path=w.path, dtype=aval(eqn.outvars[0]).dtype)
+  product = functools.partial(
+    _product,
+    path=w.path,
+    dtype=aval(eqn.outvars[0]).dtype,
+    implementation=implementation,
+  )
   for _ in leading:
     product = jax.vmap(product)
-  with _precision(eqn):
+  with in_precision(eqn.params["precision"]):
     y = product(w.data, x)
 
   # And the result's as the equation has them.
@@ -204,21 +216,31 @@ def _sorted(parts: Sequence[Part]) -> list[int]:
   return sorted(range(len(parts)), key=lambda i: parts[i])
 
 
-def _precision(eqn: core.JaxprEqn) -> contextlib.AbstractContextManager:
-  """In which products have what the function asked for; JAX's default where it did not."""
-  precision = eqn.params["precision"]
-  if isinstance(precision, tuple):
-    precision = max(precision, key=lambda each: getattr(each, "value", 0))
-  if not isinstance(precision, jax.lax.Precision | None):
+def in_precision(precision: jax.lax.PrecisionLike) -> contextlib.AbstractContextManager:
+  """In which products have the precision that was asked for; JAX's default where none was.
+
+  Args:
+    precision: a `jax.lax.Precision` or its name, one for each operand, or None.
+
+  Raises:
+    ValueError: any other.
+  """
+  each = precision if isinstance(precision, tuple) else (precision,)
+  found = [jax.lax.Precision(one) if isinstance(one, str) else one for one in each]
+  if not all(isinstance(one, jax.lax.Precision | None) for one in found):
     raise ValueError(
       f"precision {precision} of a product with a packed weight; a jax.lax.Precision is wanted"
     )
-  if isinstance(precision, jax.lax.Precision) and precision != jax.lax.Precision.DEFAULT:
-    return jax.default_matmul_precision(precision.name.lower())
-  return contextlib.nullcontext()
+  wanted = [one for one in found if isinstance(one, jax.lax.Precision)]
+  highest = max(wanted, key=lambda one: one.value, default=jax.lax.Precision.DEFAULT)
+  if highest == jax.lax.Precision.DEFAULT:
+    return contextlib.nullcontext()
+  return jax.default_matmul_precision(highest.name.lower())
 
 
-def _product(data: Mapping[str, Any], x: jax.Array, *, path: str, dtype: Any) -> jax.Array:
+def _product(
+  data: Mapping[str, Any], x: jax.Array, *, path: str, dtype: Any, implementation: str | None
+) -> jax.Array:
   """x `[..., K]` times one matrix, with its adapter."""
   kernel = data["kernel"]
   if is_quantized(kernel) and jnp.dtype(dtype).itemsize > x.dtype.itemsize:
@@ -228,10 +250,11 @@ def _product(data: Mapping[str, Any], x: jax.Array, *, path: str, dtype: Any) ->
     x,
     data["params"],
     data["constants"],
-    projection(kernel),
+    projection(kernel, implementation),
     dtype=dtype,
     kernel=kernel,
     dropout_key=data.get("dropout_key"),
+    implementation=implementation,
     name=tree_paths.module(path),
   )
 
@@ -249,13 +272,16 @@ def _look_up(eqn: core.JaxprEqn, w: Value, indices: jax.Array) -> jax.Array:
   ):
     raise unserved(w, "looked up along other axes")
   ids = indices[..., 0]
+  if ids.dtype.itemsize < 4:
+    # The last row's number may be none of theirs.
+    ids = ids.astype(jnp.int32)
   inside = jnp.clip(ids, 0, layout.shape[axis] - 1)
   rows = _rows(w.data["kernel"], inside.reshape(-1)).astype(w.dtype)
   rows = rows.reshape(*ids.shape, rows.shape[-1])
   if w.data["params"]:
+    scaling = scaling_of(tree_paths.module(w.path), w.data["constants"])
     pair = lora.factors({**w.data["constants"], **w.data["params"]})
     assert pair is not None
-    scaling = w.data["constants"]["scaling"]
     rows = rows + lora.apply_lookup(inside, pair[1].T, pair[0].T, scaling, dtype=w.dtype)
   if eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
     fill = eqn.params["fill_value"]

@@ -62,6 +62,13 @@ def per_layer(path: str, num_layers: int) -> list[str]:
   return ["/".join([*head, str(layer), *tail]) for layer in range(num_layers)]
 
 
+def _any_layer(path: str) -> str:
+  """The pattern for all layers of a stack."""
+  parts = path.split("/")
+  stack = _stack(parts)
+  return path if stack is None else "/".join([*parts[: stack + 1], "*", *parts[stack + 1 :]])
+
+
 def layers(path: str, leaf: Any) -> list[str]:
   """The virtual paths of a leaf, one a layer; its own path where it is no stack."""
   if is_stacked(path) and leaf.ndim > 0:
@@ -80,8 +87,11 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def no_match(pattern: str, paths: Iterable[str]) -> str:
-  """The message for a pattern that chooses none of `paths`, with the nearest of them."""
-  modules = sorted({module(path) for path in paths})
+  """The message for a pattern that chooses none of `paths`, with the nearest of them.
+
+  A stack's own path is no pattern for it: `layers/attn/q` is near `layers/*/attn/q`.
+  """
+  modules = sorted({_any_layer(module(path)) for path in paths})
   near = difflib.get_close_matches(pattern, modules, 3, 0.3) or modules[:3]
   return f"pattern {pattern!r} matches no weight; near paths: {', '.join(near) or 'none'}"
 

@@ -1,6 +1,5 @@
-"""Plain functions of others' weights: what they may be made of, and modes of JAX."""
+"""Plain functions of others' weights: what they may be made of. (Modes of JAX: test_modes.py.)"""
 
-import concurrent.futures
 import dataclasses
 import pickle
 
@@ -237,57 +236,7 @@ def test_lookups_out_of_range():
   assert np.isnan(ours[0][4]).all() and not np.isnan(ours[1]).any()
 
 
-def test_modes_of_jax():
-  """64-bit types, NaN checks and strict promotion (as in all of these tests)."""
-  x = random(3, 16)
-  ids = jnp.asarray([1, 3, 0])
-
-  def function(w, x, ids):
-    return jnp.tanh(x + w["table"][ids]) @ w["w"]
-
-  weights = {"w": random(16, 16), "table": random(8, 16)}
-
-  def run():
-    adapted, frozen, params, constants = adapted_of(function, weights, x, ids)
-    params = trained(params)
-
-    def loss(params):
-      trees = {"frozen": frozen, "params": params, "constants": constants}
-      return jnp.square(adapted.apply(trees, x, ids)).sum()
-
-    return jax.value_and_grad(loss)(params)
-
-  expected = run()
-  with jax.debug_nans(True):
-    checked = run()
-  with jax.enable_x64(True):
-    wide = run()
-  for found in (checked, wide):
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, expected)
-
-
-def test_threads():
-  """Nothing is kept beside the arguments: several adapt and run at once."""
-
-  def one(seed):
-    x = random(3, 16, seed=seed)
-    weights = {"w": random(16, 16, seed=seed)}
-    adapted, frozen, params, constants = adapted_of(iterated, weights, x)
-    trees = {"frozen": frozen, "params": trained(params), "constants": constants}
-    return np.asarray(adapted.apply(trees, x))
-
-  with concurrent.futures.ThreadPoolExecutor(4) as pool:
-    together = list(pool.map(one, range(4)))
-  for seed, found in enumerate(together):
-    np.testing.assert_array_equal(found, one(seed))
-
-
-@pytest.mark.parametrize(
-  "config", [PACK, LORA, lora.LoRAConfig(rank_pattern={"a": 2}, variant="dora")]
-)
-def test_configs_and_layouts_are_pickled(config):
-  assert pickle.loads(pickle.dumps(config)) == config
+def test_layouts_are_pickled():
   adapted, *_ = adapted_of(custom, {"w": random(16, 16)}, random(3, 16))
   assert pickle.loads(pickle.dumps(adapted.layouts)) == adapted.layouts
 

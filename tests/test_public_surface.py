@@ -5,10 +5,13 @@ import inspect
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 
 import qlora_jax as ql
+from qlora_jax import deprecations
+from qlora_jax.deprecations import Deprecation
 
 # Without an underscore, since our own modules use them; promised to nobody.
 INTERNAL = {
@@ -90,6 +93,49 @@ def test_what_is_listed_is_typed_and_documented(value):
       assert parameter.annotation is not inspect.Parameter.empty, f"{function}: {parameter}"
     if function.__name__ != "setup":
       assert signature.return_annotation is not inspect.Signature.empty, function
+
+
+def test_an_old_name_warns_its_user_and_works(monkeypatch):
+  table = {"qlora_jax": {"pack": Deprecation("0.1.0", "qlora_jax.quantization.quantize")}}
+  monkeypatch.setattr(deprecations, "DEPRECATED", table)
+  with pytest.warns(
+    DeprecationWarning, match=r"qlora_jax\.pack is qlora_jax\.quanti.*0\.1\.0"
+  ) as seen:
+    found = ql.pack  # pyright: ignore[reportAttributeAccessIssue]
+  assert found is ql.quantize
+  # It is the line above that is told.
+  assert [warning.filename for warning in seen] == [__file__]
+  with pytest.raises(AttributeError, match="'qlora_jax' has no attribute 'pick'"):
+    ql.pick  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def faults(table, version: str) -> list[str]:
+  """What is wrong with a table of old names."""
+  found = []
+  for name, entries in table.items():
+    module = importlib.import_module(name)
+    for old, entry in entries.items():
+      if entry.version != version:
+        found.append(f"{name}.{old}: warned in {entry.version}; take it out")
+      if old in ql.SURFACE.get(name, ()):
+        found.append(f"{name}.{old}: in SURFACE, and deprecated")
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        if not hasattr(module, old):
+          found.append(f"{name}.{old}: not handed on; see deprecations")
+  return found
+
+
+def test_old_names_warn_for_one_version():
+  assert not faults(deprecations.DEPRECATED, ql.__version__)
+  entry = Deprecation("0.0.9", "qlora_jax.quantize")
+  assert faults({"qlora_jax": {"adapt": entry}}, "0.1.0") == [
+    "qlora_jax.adapt: warned in 0.0.9; take it out",
+    "qlora_jax.adapt: in SURFACE, and deprecated",
+  ]
+  assert faults(
+    {"qlora_jax.nnx": {"no_such": Deprecation("0.1.0", "qlora_jax.nnx.adapt")}}, "0.1.0"
+  ) == ["qlora_jax.nnx.no_such: not handed on; see deprecations"]
 
 
 def test_importing_makes_no_arrays_and_changes_no_settings():

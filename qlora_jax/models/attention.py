@@ -213,7 +213,8 @@ def _plain(scale, softcap, q, k, v, seen_by) -> jax.Array:
   """
   visible, window = seen_by
   keys = k.shape[1]
-  seen = _seen(visible, window, jnp.arange(q.shape[1]), jnp.arange(keys))
+  indices = (jnp.arange(count, dtype=jnp.int32) for count in (q.shape[1], keys))
+  seen = _seen(visible, window, *indices)
   q = _grouped(q * jnp.asarray(scale, q.dtype), k.shape[2])
   rows = (*q.shape[:2], q.shape[2] * q.shape[3])
   k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
@@ -273,8 +274,8 @@ class _Blocks:
   def seen(self, i: jax.Array, j: jax.Array) -> jax.Array:
     """`[B or 1, 1, 1, t, s]` of a pair; what fills up the last blocks is seen by nothing real."""
     t, s = self.q.shape[4], self.k.shape[3]
-    queries = jnp.minimum(i * t + jnp.arange(t), self.sizes[0] - 1)
-    keys = j * s + jnp.arange(s)
+    queries = jnp.minimum(i * t + jnp.arange(t, dtype=jnp.int32), self.sizes[0] - 1)
+    keys = j * s + jnp.arange(s, dtype=jnp.int32)
     real = keys < self.sizes[1]
     seen = _seen(self.visible, self.window, queries, jnp.minimum(keys, self.sizes[1] - 1))
     return (seen & real[None, None])[:, None, None]

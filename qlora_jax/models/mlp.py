@@ -229,14 +229,15 @@ class Experts(nn.Module):
     tile = min(_LARGEST_TILE, int(2 ** np.ceil(np.log2(mean))))
     # An expert's last tile may be part empty: at most one tile each more than the pairs fill.
     count = min(pairs, pairs // tile + self.num_experts)
-    order = jnp.argsort(chosen, stable=True)
+    order = jnp.argsort(chosen, stable=True).astype(jnp.int32)
     sizes = jnp.zeros(self.num_experts, jnp.int32).at[chosen].add(1)
     tiles = (sizes + tile - 1) // tile
-    end_of_tiles = jnp.cumsum(tiles)
-    experts = jnp.arange(count)[:, None] >= end_of_tiles[None]
+    end_of_tiles = jnp.cumsum(tiles, dtype=jnp.int32)
+    experts = jnp.arange(count, dtype=jnp.int32)[:, None] >= end_of_tiles[None]
     # Tiles behind the last one in use are empty: any expert will do.
-    experts = jnp.minimum(experts.sum(-1), self.num_experts - 1)
+    experts = jnp.minimum(experts.sum(-1, dtype=jnp.int32), self.num_experts - 1)
     sorted_experts = chosen[order]
-    within = jnp.arange(pairs) - (jnp.cumsum(sizes) - sizes)[sorted_experts]
+    before = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+    within = jnp.arange(pairs, dtype=jnp.int32) - before[sorted_experts]
     slot = (end_of_tiles - tiles)[sorted_experts] * tile + within
     return tile, experts, order, slot

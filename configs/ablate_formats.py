@@ -1,9 +1,9 @@
 """Which 4-bit format costs least: hardware's, tables learned from the weights, better scales?
 
 By error on normal weights, in bits' order: MXFP4 .0132 (4.25 bits), NF4 .0085 and BOF4-S .0074
-(4.127), NVFP4 .0090 (4.5). NF4 with scales of least error has .0073, any4 .0075 beside its tables;
-a rotation or outliers kept in 16 bits help where the weights' tails are heavy
-(`python -m experiments.bench.quantization_error`).
+(4.127), NVFP4 .0090 (4.5). NF4 with scales of least error has .0073; any4, which has a zero-point
+a group, .0068 (4.75 beside its tables); a rotation or outliers kept in 16 bits help where the
+weights' tails are heavy (`python -m experiments.bench.quantization_error`).
 
   python -m experiments.run --config configs/ablate_formats.py --workdir runs/ablate_formats
 

@@ -1,4 +1,7 @@
-"""What some inits and formats ask of the data: weights' gradients, and moments of their inputs."""
+"""What some inits and formats ask of the data: weights' gradients, and moments of their inputs.
+
+`quantize_base` makes a base by them.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -7,14 +10,83 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from qlora_jax import lora, tree_paths
+from qlora_jax import bit_budget, gptq, lora, tree_paths
+from qlora_jax.config import BaseQuantization
 from qlora_jax.linen import QDense
 from qlora_jax.lora import LoRAConfig
 from qlora_jax.models.transformer import Transformer
-from qlora_jax.quantization import dequantize
+from qlora_jax.quantization import Treatment, dequantize, quantize_tree, treatments
 from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import Batch, batch_loss
+
+
+def quantize_base(
+  model: Transformer,
+  dense: Any,
+  quantization: BaseQuantization,
+  targets: tuple[str, ...],
+  batches: Iterable[Batch],
+  loss_chunk: int,
+  storage_dtype: DTypeLike | None = None,
+) -> Any:
+  """Quantizes a base by what some batches say of it: importance, budget, GPTQ's feedback.
+
+  All of the dense base is in memory, with one stack's gradient or moments at a time on the device;
+  the importances of all weights, or their moments `[..., K, K]`, lie on the host. The moments that
+  GPTQ uses are those of the dense model, of all layers at once: not, as in its paper, of layers
+  whose inputs come from layers that are quantized by then.
+
+  Args:
+    model, dense: the base that is not quantized.
+    quantization: what is asked for.
+    targets: patterns of the weights that are quantized.
+    batches, loss_chunk: see `weight_gradients`.
+    storage_dtype: of the weights that are not quantized; None keeps theirs.
+
+  Returns:
+    The packed base.
+
+  Raises:
+    ValueError: see `fisher_diagonal`, `second_moments`, `bit_budget.rules`, `quantize_tree` and
+      `gptq.feed_back_tree`.
+  """
+  batches = list(batches)
+  cfg = LoRAConfig(rank=1, targets=targets)
+  importance: dict[str, np.ndarray] = {}
+  moments: dict[str, np.ndarray] = {}
+  if quantization.gptq or quantization.importance == "inputs":
+    moments = second_moments(model, dense, cfg, batches)
+  if quantization.importance == "fisher":
+    importance = fisher_diagonal(model, dense, cfg, batches, loss_chunk)
+  elif quantization.importance == "inputs":
+    importance = input_moments(moments)
+
+  if quantization.bits_per_weight is None:
+    rules = dict.fromkeys(targets, quantization.choices[0])
+  else:
+    rules = bit_budget.rules(
+      dense,
+      quantization.bits_per_weight,
+      targets=targets,
+      candidates=quantization.choices,
+      importance=importance,
+    )
+  used: dict[str, Treatment] = treatments(dense, rules)
+  weighed = {
+    path: value
+    for path, value in importance.items()
+    if (own := used[path]) is not None and own.weighs_errors and not own.rotate  # pyright: ignore
+  }
+  frozen = quantize_tree(dense, rules, importance=weighed)
+  if quantization.gptq:
+    frozen = gptq.feed_back_tree(dense, frozen, moments, damping=quantization.gptq_damping)
+  if storage_dtype is None:
+    return frozen
+  return jax.tree.map(
+    lambda x: x if is_quantized(x) else x.astype(storage_dtype), frozen, is_leaf=is_quantized
+  )
 
 
 def weight_gradients(

@@ -21,7 +21,7 @@ import numpy as np
 
 from qlora_jax import block_optimal
 
-ScaleRule = Literal["absmax", "signed_absmax", "minmax", "power_of_two"]
+ScaleRule = Literal["absmax", "signed_absmax", "minmax", "range", "power_of_two"]
 
 # What the scales are stored in, where they are not doubly quantized: "e4m3" is an 8-bit float times
 # a float32 of the whole matrix, "e8m0" a power of two in 8 bits.
@@ -43,13 +43,15 @@ class Codebook:
       has a code for −0 that it uses).
     scale: "absmax", the block's largest magnitude; "signed_absmax", the element of largest
       magnitude with its sign, so that one end of the table is always hit exactly;
-      "minmax", (max − min) / (last − first level) with an integer zero-point in 8 bits;
+      "minmax", (max − min) / (last − first level) with an integer zero-point in 8 bits; "range",
+      the same with a zero-point that is no integer, in bfloat16;
       "power_of_two", 2^(⌊log₂ absmax⌋ − ⌊log₂ last level⌋), as the OCP's microscaling formats.
     reference: where the table comes from.
     scale_dtype: of the scales, where no other is asked for.
     learned: None, or what has a table of its own, learned from its weights: each "matrix", or
       each output "column" of one. Lloyd's iteration then starts from `levels`, quantiles of the
-      normal distribution, in units of the weights' own spread.
+      normal distribution, in units of the weights' own spread (and, under "range", about their
+      mean).
 
   Raises:
     ValueError: levels that are not finite, not ascending, too few or many, or, under "minmax",
@@ -326,7 +328,7 @@ for _bits in (2, 3, 4, 8):
     _mirrored(range(1, _half), _half - 1),
     f"symmetric round to nearest, ±{_half - 1}",
   )
-for _bits in (2, 3, 4):
+for _bits in (2, 3, 4, 8):
   _half = 2 ** (_bits - 1)
   _register_table(
     f"int{_bits}_signed",
@@ -616,12 +618,13 @@ _register_format(
 )
 
 
-_register_table(
-  "int4_zero_point",
-  range(16),
-  "asymmetric round to nearest, 8-bit integer zero-point, as in GPTQ and AWQ files",
-  "minmax",
-)
+for _bits in (2, 3, 4, 8):
+  _register_table(
+    f"int{_bits}_zero_point",
+    range(2**_bits),
+    "asymmetric round to nearest, 8-bit integer zero-point, as in GPTQ and AWQ files",
+    "minmax",
+  )
 
 
 def _equal_mass_medians(bins: int) -> list[float]:
@@ -648,9 +651,12 @@ _register_table(
 def _register_learned(
   name: str, bits: int, learned: Literal["matrix", "column"], reference: str
 ) -> None:
-  codebook = Codebook(
-    name, tuple(_equal_mass_medians(2**bits)), "absmax", reference, learned=learned
-  )
+  levels, scale = _equal_mass_medians(2**bits), "absmax"
+  if learned == "column":
+    # From 0 to the last code, as a group's weights lie in units of its scale.
+    half = (2**bits - 1) / 2
+    levels, scale = [half * (level + 1) for level in levels], "range"
+  codebook = Codebook(name, tuple(levels), scale, reference, learned=learned)
   _REGISTRY[name] = lambda _: codebook
 
 
@@ -666,8 +672,8 @@ for _bits in (2, 3, 4):
     f"any{_bits}",
     _bits,
     "column",
-    "Elhoushi and Johnson, any4, 2025, https://arxiv.org/abs/2507.04610: a table an output, of its "
-    "own weights (beside the absmax here; the paper's groups have a zero-point)",
+    "Elhoushi and Johnson, any4, 2025, https://arxiv.org/abs/2507.04610: asymmetric groups "
+    "(their own are of 128), and a table an output, of its own weights",
   )
 
 

@@ -56,7 +56,7 @@ Variant = Literal["lora", "dora", "vera", "lora_xs", "qa_lora"]
 Init = Literal["lora", "pissa", "olora", "loftq", "lora_ga", "cloq", "eva"]
 
 # Names of the field that are not offered, and why.
-_REFUSED = {
+REFUSED = {
   "ir_qlora": "it adds a float to each block, searched for the entropy of its codes, which no "
   "codebook here has, and means of the inputs beside A and B",
   "apiq": "it trains clipping and adapters of one block of layers after another by gradient; init "
@@ -174,8 +174,8 @@ class LoRAConfig:
       raise ValueError(f"dropout: {self.dropout}; a probability in [0, 1)")
     for name, choices in (("variant", get_args(Variant)), ("init", get_args(Init))):
       value = getattr(self, name)
-      if value in _REFUSED:
-        raise ValueError(f"{name}: {value!r}; not offered: {_REFUSED[value]}")
+      if value in REFUSED:
+        raise ValueError(f"{name}: {value!r}; not offered: {REFUSED[value]}")
       if value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -42,6 +42,9 @@ from qlora_jax.quantization import (
 from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.truncated_svd import truncated_svd
 
+# Of the float32 weights of several layers that are decomposed in one program.
+_BATCH_BYTES = 64 << 20
+
 
 def initialize(
   key: jax.Array,
@@ -55,8 +58,9 @@ def initialize(
 ) -> tuple[Any, dict, dict]:
   """Makes a base and the adapters that start with a part of it, as `cfg.init` says.
 
-  One matrix at a time: in memory are the packed base, and a matrix in float32 a few times. (A leaf
-  of the base is held twice while its layers are put together.) An `init` of "lora" gives what
+  One large matrix at a time, or several layers' at once of at most 64 MiB together: in memory are
+  the packed base, and these in float32 a few times. (A leaf of the base is held twice while its
+  layers are put together.) An `init` of "lora" gives what
   `quantize_tree` and `lora.init` do.
 
   Args:
@@ -288,46 +292,66 @@ def _parts(
 ) -> dict[str, Any]:
   """The stored base of a leaf, and where there is a method its adapters; stacked as the leaf is."""
   leading = leaf.shape[:-2]
+  indices = list(np.ndindex(*leading))
+  size = _together(len(indices), 4 * math.prod(leaf.shape[-2:]))
   parts, good = [], []
-  for number, index in enumerate(np.ndindex(*leading)):
-    w = lora.dense_part(leaf, index)
+  for start in range(0, len(indices), size):
+    batch = indices[start : start + size]
+
+    def dense(x: Any, batch: list[tuple[int, ...]] = batch) -> Any:
+      return None if x is None else jnp.stack([lora.dense_part(x, index) for index in batch])
+
+    w = dense(leaf)
     if method is None:
-      one: dict[str, Any] = {"base": _stored(w, store)}
+      some: dict[str, Any] = {"base": _all_stored(w, store)}
     else:
       assert ranks is not None and scalings is not None and key is not None
-      layer = index[0] if index and tree_paths.is_stacked(path) else 0
-      one = _matrix(
+      stacked = tree_paths.is_stacked(path)
+      layers = [index[0] if index and stacked else 0 for index in batch]
+      some = _matrices(
         w,
-        jnp.asarray(scalings[layer], jnp.float32),
-        jnp.asarray(ranks[layer], jnp.int32),
-        jax.random.fold_in(key, np.uint32(number)),
-        None if gradient is None else lora.dense_part(gradient, index),
-        None if moment is None else lora.dense_part(moment, index),
+        jnp.asarray([scalings[layer] for layer in layers], jnp.float32),
+        jnp.asarray([ranks[layer] for layer in layers], jnp.int32),
+        jnp.stack([jax.random.fold_in(key, np.uint32(start + i)) for i in range(size)]),
+        dense(gradient),
+        dense(moment),
         method,
         store,
       )
-    good.append(_is_good(w, one["base"]))
+    good.append(_are_good(w, some["base"]))
     # Waits, so that no matrix is read before those ahead of it are done with.
-    parts.append(jax.block_until_ready(one))
-    del w, one
-  for index, fine in zip(np.ndindex(*leading), good, strict=True):
-    if not bool(fine):
+    parts.append(jax.block_until_ready(some))
+    del w, some
+  for index, fine in zip(indices, np.concatenate(good), strict=True):
+    if not fine:
       raise ValueError(
         f"{path}: index {list(index)}: a weight that is not finite, or beyond what is stored"
       )
-  return jax.tree.map(lambda *x: jnp.stack(x).reshape(*leading, *x[0].shape), *parts)
+  return jax.tree.map(lambda *x: jnp.concatenate(x).reshape(*leading, *x[0].shape[1:]), *parts)
 
 
-@functools.partial(jax.jit, static_argnums=1)
+def _together(count: int, size: int) -> int:
+  """How many of `count` matrices of `size` bytes are made at once: a divisor of it."""
+  most = max(1, _BATCH_BYTES // size)
+  return max(i for i in range(1, count + 1) if count % i == 0 and i <= most)
+
+
 def _stored(w: jax.Array, store: QuantizationConfig | np.dtype) -> Any:
   if isinstance(store, QuantizationConfig):
     return quantize_by(w, store)
   return w.astype(store)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _all_stored(w: jax.Array, store: QuantizationConfig | np.dtype) -> Any:
+  """Of matrices `[..., K, N]`."""
+  return jax.vmap(functools.partial(_stored, store=store))(w)
+
+
 @jax.jit
-def _is_good(w: jax.Array, base: Any) -> jax.Array:
-  """Whether a matrix could be stored: a plain one has to be finite in its dtype."""
+@jax.vmap
+def _are_good(w: jax.Array, base: Any) -> jax.Array:
+  """Whether each matrix could be stored: a plain one has to be finite in its dtype."""
   good = in_range(w).all()
   return good if is_quantized(base) else good & jnp.isfinite(base).all()
 
@@ -337,6 +361,21 @@ def _restored(w: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7))
+def _matrices(
+  w: jax.Array,
+  scaling: jax.Array,
+  rank: jax.Array,
+  key: jax.Array,
+  gradient: jax.Array | None,
+  moment: jax.Array | None,
+  method: _Method,
+  store: QuantizationConfig | np.dtype,
+) -> dict[str, Any]:
+  """`_matrix` of each of several."""
+  one = functools.partial(_matrix, method=method, store=store)
+  return jax.vmap(one)(w, scaling, rank, key, gradient, moment)
+
+
 def _matrix(
   w: jax.Array,
   scaling: jax.Array,

@@ -91,12 +91,30 @@ class QuantizationConfig:
   rotation_seed: int = 0
 
   def __post_init__(self):
-    _recipe(**dataclasses.asdict(self))
+    _recipe(**self.arguments)
+
+  @property
+  def arguments(self) -> dict[str, Any]:
+    """Of `quantize`."""
+    return {
+      field.name: getattr(self, field.name) for field in dataclasses.fields(QuantizationConfig)
+    }
+
+  @property
+  def choices(self) -> tuple["QuantizationConfig", ...]:
+    """What each weight may be quantized by: itself."""
+    return (self,)
+
+  @property
+  def weighs_errors(self) -> bool:
+    """Whether an importance has a part in what `quantize` makes: see there."""
+    codebook = codebooks.get(self.codebook, self.block_size)
+    return bool(codebook.learned or self.scale_rule == "mse" or self.outlier_fraction)
 
   @property
   def by_columns(self) -> bool:
     """Whether a matrix's columns can be quantized a few at a time, but for nested scales."""
-    recipe = _recipe(**dataclasses.asdict(self))
+    recipe = _recipe(**self.arguments)
     restored = recipe.nested_block_size is not None and recipe.codebook.scale != "absmax"
     whole = recipe.codebook.learned or recipe.scale_dtype == "e4m3" or recipe.outlier_fraction
     return not (restored or whole or recipe.rotation_seed is not None)
@@ -120,6 +138,12 @@ def details(fields: Mapping[str, Any]) -> str:
     parts.append(f"{100 * fraction:g}% of inputs in 16 bits")
   if fields.get("rotate"):
     parts.append("rotated")
+  if (bits := fields.get("bits_per_weight")) is not None:
+    parts.append(f"{bits:g} bits a weight")
+  if (importance := fields.get("importance", "none")) != "none":
+    parts.append(f"errors weighed by {importance}")
+  if fields.get("gptq"):
+    parts.append("GPTQ")
   return "".join(f", {part}" for part in parts)
 
 
@@ -170,7 +194,7 @@ def _recipe(
         f"a scale drawn by {codebook.scale!r}"
       )
     codebook = dataclasses.replace(codebook, scale=scale_rule)
-  if stored == "e8m0" and codebook.scale in ("signed_absmax", "minmax"):
+  if stored == "e8m0" and codebook.scale in ("signed_absmax", "minmax", "range"):
     raise ValueError(
       f"scale_dtype: 'e8m0' with scales by {codebook.scale!r}; powers of two have no sign, and are "
       "rounded up, which a zero-point does not follow"
@@ -294,7 +318,7 @@ def quantize_by(
   Raises:
     ValueError, TypeError: see `quantize`.
   """
-  return quantize(w, **dataclasses.asdict(config), importance=importance)
+  return quantize(w, **config.arguments, importance=importance)
 
 
 def _checked_importance(
@@ -391,7 +415,7 @@ def _quantize_matrix(w, importance, recipe: _Recipe) -> QuantizedTensor:
 
   levels, thresholds = jnp.asarray(codebook.table), codebook.thresholds
   if codebook.learned:
-    levels, thresholds = _learn_levels(w, scale, importance, recipe)
+    levels, thresholds = _learn_levels(w, scale, zero, importance, recipe)
   codes = _codes(w, scale, zero, thresholds, block_size)
   if any(level == following for level, following in itertools.pairwise(codebook.levels)):
     inverse = _rows(reciprocal(scale), len(w), block_size)
@@ -464,13 +488,18 @@ def _scale(w: jax.Array, codebook: Codebook, block_size: int) -> tuple[jax.Array
   if codebook.scale == "signed_absmax":
     scale = jnp.where(high >= -low, high, low)
     return jnp.where(jnp.abs(scale) >= _TINY, scale, 0), None
-  # "minmax": zero lies within the range, so that it has a code.
+  # "minmax" and "range": zero lies within the range, so that it has a code, and that a block of
+  # one value has a scale.
   low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
   first, last = codebook.levels[0], codebook.levels[-1]
   scale = (high - low) / (last - first)
   usable = scale >= _TINY
-  zero = jnp.round(first - jnp.where(usable, low / jnp.where(usable, scale, 1), 0))
-  return jnp.where(usable, scale, 0), jnp.clip(zero, first, last).astype(jnp.uint8)
+  zero = first - jnp.where(usable, low / jnp.where(usable, scale, 1), 0)
+  if codebook.scale == "range":
+    zero = zero.astype(jnp.bfloat16)
+  else:
+    zero = jnp.clip(jnp.round(zero), first, last).astype(jnp.uint8)
+  return jnp.where(usable, scale, 0), zero
 
 
 def _clip(w, exact, zero, largest, importance, recipe: _Recipe) -> jax.Array:
@@ -501,8 +530,8 @@ def _clip(w, exact, zero, largest, importance, recipe: _Recipe) -> jax.Array:
   return jax.lax.scan(better, start, jnp.asarray(_CLIPS))[0][1]
 
 
-def _learn_levels(w, scale, importance, recipe: _Recipe) -> tuple[jax.Array, jax.Array]:
-  """Levels of least Σ importance · (w − level · scale)², near the codebook's; their midpoints.
+def _learn_levels(w, scale, zero, importance, recipe: _Recipe) -> tuple[jax.Array, jax.Array]:
+  """Levels of least Σ importance · (w − (level − zero) · scale)², near the codebook's; midpoints.
 
   Returns:
     `[2**bits]` of a matrix, or `[N, 2**bits]`; and what `_codes` compares with.
@@ -510,6 +539,8 @@ def _learn_levels(w, scale, importance, recipe: _Recipe) -> tuple[jax.Array, jax
   k, n = w.shape
   scale = _rows(scale, k, recipe.block_size)
   x = w.astype(jnp.float32) * reciprocal(scale)
+  if zero is not None:
+    x = x + _rows(zero.astype(jnp.float32), k, recipe.block_size)
   mass = jnp.square(scale) if importance is None else jnp.square(scale) * importance
   by_column = recipe.codebook.learned == "column"
 
@@ -532,15 +563,28 @@ def _learn_levels(w, scale, importance, recipe: _Recipe) -> tuple[jax.Array, jax
       )
     return jnp.stack(centers)
 
-  # The codebook's levels are quantiles of N(0, 1) in units of the last, `end`. Stretched by √3 they
-  # are about as dense as a normal's best levels (Panter and Dite, 1951), so that few rounds do.
-  start = jnp.asarray(recipe.codebook.table)
+  # The codebook's levels are quantiles of N(0, 1) about a middle, in units of the last, `end`.
+  # Stretched by √3 they are about as dense as a normal's best levels (Panter and Dite, 1951), so
+  # that few rounds do.
+  table = recipe.codebook.table
+  middle, half = (table[-1] + table[0]) / 2, (table[-1] - table[0]) / 2
+  start = jnp.asarray((table - middle) / half)
   start = jnp.broadcast_to(start[:, None, None], (len(start), 1, n)) if by_column else start
   end = np.float32(statistics.NormalDist().inv_cdf(1 - 0.5 / len(start)))
   whole = total(mass)
-  square = total(mass * jnp.square(x)) / jnp.where(whole > 0, whole, 1)
-  spread = jnp.where(square > 0, np.float32(3**0.5) * end * jnp.sqrt(square), 1)
-  start = start * (jnp.minimum(spread, 1)[None] if by_column else jnp.minimum(spread, 1))
+
+  def mean(values):
+    return total(mass * values) / jnp.where(whole > 0, whole, 1)
+
+  center = jnp.zeros_like(whole) if zero is None else mean(x)
+  square = mean(jnp.square(x - center))
+  # Of weights that are all alike what is left is rounding.
+  varied = square > np.square(half * np.float32(2.0**-12))
+  spread = jnp.where(varied, np.float32(3**0.5) * end * jnp.sqrt(square), half)
+  spread = jnp.minimum(spread, half)
+  if by_column:
+    center, spread = center[None], spread[None]
+  start = center + start * spread
   levels = jax.lax.fori_loop(0, _LLOYD_ROUNDS, lloyd, start)
   thresholds = (levels[:-1] + levels[1:]) * np.float32(0.5)
   return (levels[:, 0].T if by_column else levels), thresholds

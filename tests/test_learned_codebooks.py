@@ -75,24 +75,42 @@ def test_lloyd_max_is_lloyd_s(bits, weighed):
   assert (weight * error).sum() < 0.95 * (weight * fixed).sum()
 
 
-def test_any4_has_a_table_a_column():
-  w = heavy((128, 6)).at[:, 5].multiply(100)
+def groups(w, block_size, zeros):
+  """Weights as any4's groups have them, from 0 to 15 or nearly so, and the scales: (x, scale)."""
+  blocks = np.asarray(w, np.float64).reshape(-1, block_size, w.shape[1])
+  scale = (blocks.max(1) - blocks.min(1)) / 15
+  np.testing.assert_allclose(zeros, -blocks.min(1) / scale, rtol=2**-8)
+  x = blocks / scale[:, None] + np.asarray(zeros, np.float64)[:, None]
+  return x.reshape(w.shape), np.repeat(scale, block_size, 0)
+
+
+def any4_start(x, mass):
+  """Of normal quantiles, about the mean and as wide as the weights' own deviation has it."""
+  mean = (mass * x).sum() / mass.sum()
+  deviation = np.sqrt((mass * (x - mean) ** 2).sum() / mass.sum())
+  quantiles = scipy.stats.norm.ppf((np.arange(16) + 0.5) / 16)
+  end = quantiles[-1]
+  return mean + quantiles / end * min(7.5, np.sqrt(3) * end * deviation)
+
+
+def test_any4_has_asymmetric_groups_and_a_table_a_column():
+  w = heavy((128, 6)).at[:, 5].multiply(100).at[:, 4].add(1)
   q = quantize(w, codebook="any4", block_size=32, **SINGLE)
-  assert q.levels.shape == (6, 16) and q.column_tables
-  x, scale = scaled(w, 32)
+  assert q.levels.shape == (6, 16) and q.column_tables and q.zero.dtype == jnp.bfloat16
+  x, scale = groups(w, 32, q.zero)
+  tables = np.asarray(q.levels, np.float64)
+  rounded = np.zeros_like(x)
   for i in range(6):
     own, mass = x[:, i], scale[:, i] ** 2
-    expected = lloyd(own, mass, start_of("any4", own, mass), 30)
-    np.testing.assert_allclose(q.levels[i], expected, atol=1e-3, err_msg=str(i))
-  # Each column's own nearest level.
-  tables = np.asarray(q.levels, np.float64)
-  nearest = np.stack(
-    [table[np.abs(own[:, None] - table).argmin(-1)] for table, own in zip(tables, x.T, strict=True)]
-  )
-  np.testing.assert_allclose(dequantize(q), nearest.T * scale, rtol=2e-6, atol=1e-6)
-  one = quantize(w, codebook="lloyd_max4", block_size=32, **SINGLE)
-  assert jnp.square(dequantize(q) - w).sum() < jnp.square(dequantize(one) - w).sum()
-  assert q.nbytes == one.nbytes + 5 * 16 * 4
+    expected = lloyd(own, mass, any4_start(own, mass), 30)
+    np.testing.assert_allclose(tables[i], expected, atol=1e-2, err_msg=str(i))
+    rounded[:, i] = tables[i][np.abs(own[:, None] - tables[i]).argmin(-1)]
+  zeros = np.repeat(np.asarray(q.zero, np.float64), 32, 0)
+  np.testing.assert_allclose(dequantize(q), (rounded - zeros) * scale, rtol=1e-5, atol=1e-4)
+  fixed = quantize(w, codebook="int4_zero_point", block_size=32, **SINGLE)
+  assert jnp.square(dequantize(q) - w).sum() < 0.8 * jnp.square(dequantize(fixed) - w).sum()
+  # A byte more for each zero-point, and five tables more.
+  assert q.nbytes == fixed.nbytes + 4 * 6 + 5 * 16 * 4
 
 
 def test_any4_in_products_stacks_and_gradients():
@@ -128,5 +146,5 @@ def test_a_constant_and_an_empty_cell():
   w = jnp.ones((64, 2)).at[:, 1].set(0)
   for codebook in ("lloyd_max4", "any4"):
     q = quantize(w, codebook=codebook, **SINGLE)
-    np.testing.assert_array_equal(dequantize(q), w)
+    np.testing.assert_allclose(dequantize(q), w, rtol=3e-7)
     assert bool(jnp.isfinite(q.levels).all()) and bool((jnp.diff(q.levels) > 0).all())

@@ -1,6 +1,6 @@
 """The error of every codebook on Gaussian weights, and of LoftQ and QPiSSA, beside an oracle's.
 
-  python -m experiments.bench.quantization_error [--out FILE.json] [--oracle PATH]
+  python -m experiments.bench.quantization_error [--out FILE.json] [--oracle PATH] [--plots FOLDER]
 
 First the mean squared error on weights from N(0, 1) of every name in `codebooks.names()`, scales of
 float32 or of the format's own, by block size, with its standard error (blocks are independent,
@@ -13,8 +13,12 @@ after five, and of QPiSSA, in blocks of 64, on Gaussian matrices and on ones who
 are k^-½; by full SVDs, as their definitions have it.
 
 `--oracle` is the path of an `oracle.json` (its schema: shared/reference/quantization.md). Expected
-values and deviations in standard errors then stand beside the first two, the oracle's own draws
-beside the last.
+values and deviations in standard errors then stand beside all but what is done beside a table. The
+oracle's initializations are draws too: there the deviation is that of two means, by the scatter of
+our own draws.
+
+`--plots` writes figures (SVG; Matplotlib is needed): errors by block size, bits against errors on
+either kind of weights, and all deviations in their order beside those of a normal distribution.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import functools
 import json
 import math
 import platform
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import figures
 from qlora_jax import codebooks, dequantize, lora_init, quantize
 from qlora_jax.codebooks import Codebook
 from qlora_jax.lora import Init, LoRAConfig
@@ -124,6 +130,10 @@ VARIANTS = {
   "rotated": {"rotate": True},
 }
 _VARIANT_COLUMNS = 256
+
+# Of the codebooks, those that a figure has: as many as it tells apart.
+_PLOTTED = ("nf4", "bof4s", "bof4", "af4", "int4", "int4_signed", "e2m1", "fp4")
+_TAILS = ("normal", "student")
 
 # The columns of the second table: the oracle's name → what it is.
 METHODS = {
@@ -277,7 +287,17 @@ def initialization_row(
   if oracle and size == 512:
     theirs = [each for key, each in oracle["loftq"].items() if key.startswith(prefix)]
     row["expected"] = {name: [each[name] for each in theirs] for name in METHODS}
+    if draws > 2:
+      row["deviation"] = {
+        name: deviation_of_means(row[name], row["expected"][name]) for name in METHODS
+      }
   return row
+
+
+def deviation_of_means(ours: Sequence[float], theirs: Sequence[float]) -> float:
+  """The difference of two means in its standard errors, of draws that scatter as ours do."""
+  scatter = statistics.stdev(ours) * math.sqrt(1 / len(ours) + 1 / len(theirs))
+  return (statistics.fmean(ours) - statistics.fmean(theirs)) / scatter
 
 
 def codebook_line(row: dict[str, Any]) -> str:
@@ -289,13 +309,60 @@ def codebook_line(row: dict[str, Any]) -> str:
 
 
 def initialization_lines(row: dict[str, Any]) -> list[str]:
-  """A row of the second table: a line for each of our draws, then for each of the oracle's."""
+  """A row of the second table: the mean of our draws, then the oracle's and how far these are."""
   lines = []
-  for whose, values in (("", row), (" (oracle)", row.get("expected", {}))):
-    for each in zip(*(values.get(name, []) for name in METHODS), strict=True):
+  for whose, values in (("", row), (" (oracle)", row.get("expected"))):
+    if values:
       label = f"{row['codebook']}, {row['spectrum']}{whose}"
-      lines.append(f"{label:32}" + "".join(f"{value:16.4f}" for value in each))
+      means = (statistics.fmean(values[name]) for name in METHODS)
+      lines.append(f"{label:32}" + "".join(f"{mean:16.4f}" for mean in means))
+  if "deviation" in row:
+    own = (row["deviation"][name] for name in METHODS)
+    lines.append(f"{'  in standard errors':32}" + "".join(f"{value:+16.1f}" for value in own))
   return lines
+
+
+def plots(report: dict[str, Any]) -> dict[str, str]:
+  """Name → SVG of what a report holds."""
+  by_name: dict[str, list[dict[str, Any]]] = {}
+  for row in report["codebooks"]:
+    by_name.setdefault(row["codebook"], []).append(row)
+  chosen = [name for name in _PLOTTED if len(by_name.get(name, [])) > 1]
+  found = {}
+  if chosen:
+    found["block_sizes"] = figures.lines(
+      [
+        (
+          name,
+          [row["block_size"] for row in by_name[name]],
+          [row["mse"] for row in by_name[name]],
+          [row["standard_error"] for row in by_name[name]],
+        )
+        for name in chosen
+      ],
+      "block size",
+      "mean squared error, N(0, 1)",
+      log_x=True,
+    )
+  for tails in _TAILS:
+    found[f"bits_{tails}"] = figures.points(
+      [(row["variant"], [row["bits"]], [row[tails]], [""]) for row in report["variants"]],
+      "bits a weight",
+      f"relative squared error, {tails}",
+    )
+  deviations = sorted(
+    [row["deviation"] for row in report["codebooks"] + report["scales"] if "deviation" in row]
+    + [x for row in report["initializations"] for x in row.get("deviation", {}).values()]
+  )
+  if len(deviations) > 1:
+    normal = statistics.NormalDist()
+    places = [normal.inv_cdf((i + 0.5) / len(deviations)) for i in range(len(deviations))]
+    found["deviations"] = figures.lines(
+      [("found", places, deviations, None), ("normal", places, places, None)],
+      "of a normal distribution",
+      "deviation from the oracle, standard errors",
+    )
+  return found
 
 
 def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list]:
@@ -320,7 +387,8 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--initialized", type=_list_of(str), default=["nf4", "nf2"])
   parser.add_argument("--size", type=int, default=512, help="K and N of the initialized matrices")
   parser.add_argument("--rank", type=int, default=64)
-  parser.add_argument("--draws", type=int, default=2, help="of the initialized matrices")
+  parser.add_argument("--draws", type=int, default=8, help="of the initialized matrices")
+  parser.add_argument("--plots", type=Path, help="a folder for figures")
   arguments = parser.parse_args(argv)
   if arguments.weights < _K or arguments.weights % _K:
     parser.error(f"--weights: {arguments.weights}; a multiple of {_K}")
@@ -343,6 +411,8 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
       parser.error(str(error))
   oracle = json.loads(arguments.oracle.read_text()) if arguments.oracle else None
+  if arguments.plots:
+    figures.require()
 
   report: dict[str, Any] = {
     "command": f"{parser.prog} {' '.join(argv)}".rstrip(),
@@ -387,6 +457,10 @@ def main(argv: Sequence[str]) -> int:
       print("\n".join(initialization_lines(row)), flush=True)
   if arguments.out:
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+  if arguments.plots:
+    arguments.plots.mkdir(parents=True, exist_ok=True)
+    for name, svg in plots(report).items():
+      (arguments.plots / f"{name}.svg").write_text(svg)
   return 0
 
 

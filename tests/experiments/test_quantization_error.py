@@ -11,7 +11,7 @@ from experiments.bench import quantization_error
 from qlora_jax import codebooks
 
 SMALL = ["--codebooks=nf4,fp4,int4_zero_point,bof4s", "--block_sizes=64", "--weights=262144"]
-SMALL += ["--initialized=nf4", "--size=64", "--rank=8", "--draws=1"]
+SMALL += ["--initialized=nf4", "--size=64", "--rank=8", "--draws=3"]
 
 
 def oracle_of(mse):
@@ -97,8 +97,8 @@ def test_initializations(report):
     ("nf4", "lowrank+gauss"),
   ]
   for row in rows:
-    (five,), (one,), (plain,) = row["loftq_T5"], row["loftq_T1"], row["qlora"]
-    assert five < one < plain
+    draws = zip(row["loftq_T5"], row["loftq_T1"], row["qlora"], strict=True)
+    assert all(five < one < plain for five, one, plain in draws) and len(row["qlora"]) == 3
     assert "expected" not in row  # of another size than the oracle's
   # Where the spectrum falls, what is left to quantize is smaller.
   assert rows[1]["qpissa"][0] < rows[1]["loftq_T5"][0]
@@ -141,14 +141,37 @@ def test_without_a_row_there_are_dashes():
   ]
 
 
-def test_a_line_for_each_draw_and_each_of_the_oracle_s():
-  ours = {name: [1.0, 2.0] for name in quantization_error.METHODS}
-  theirs = {name: [0.5] for name in quantization_error.METHODS}
+def test_a_line_for_the_mean_of_draws_the_oracle_s_and_their_distance():
+  ours = {name: [1.0, 2.0, 3.0] for name in quantization_error.METHODS}
   row = {"codebook": "nf4", "spectrum": "gauss", **ours}
-  assert len(quantization_error.initialization_lines(row)) == 2
-  row = {**row, "expected": theirs}
-  last = quantization_error.initialization_lines(row)[2]
-  assert last.split() == ["nf4,", "gauss", "(oracle)", *4 * ["0.5000"]]
+  (line,) = quantization_error.initialization_lines(row)
+  assert line.split() == ["nf4,", "gauss", *4 * ["2.0000"]]
+  row |= {"expected": {name: [0.25, 0.75] for name in quantization_error.METHODS}}
+  row |= {"deviation": {name: -1.64 for name in quantization_error.METHODS}}
+  _, theirs, distance = quantization_error.initialization_lines(row)
+  assert theirs.split() == ["nf4,", "gauss", "(oracle)", *4 * ["0.5000"]]
+  assert distance.split() == ["in", "standard", "errors", *4 * ["-1.6"]]
+
+
+def test_the_deviation_of_two_means_is_a_standard_normal_s():
+  rng = np.random.default_rng(0)
+  found = [
+    quantization_error.deviation_of_means(
+      rng.normal(5, 2, 30).tolist(), rng.normal(5, 2, 2).tolist()
+    )
+    for _ in range(400)
+  ]
+  assert abs(np.mean(found)) < 0.2 and np.std(found) == pytest.approx(1, abs=0.15)
+
+
+def test_plots(report):
+  pytest.importorskip("matplotlib")
+  rows = report["codebooks"]
+  larger = [{**row, "block_size": 128} for row in rows]
+  found = quantization_error.plots({**report, "codebooks": rows + larger})
+  assert found.keys() == {"block_sizes", "bits_normal", "bits_student", "deviations"}
+  assert "int4_zero_point" not in found["block_sizes"] and "bof4s" in found["block_sizes"]
+  assert "any4" in found["bits_normal"]
 
 
 @pytest.mark.parametrize(

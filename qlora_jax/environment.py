@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 # As they are installed; importlib.metadata knows a version without importing the package.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "qlora_jax")
@@ -41,6 +42,27 @@ def describe() -> dict[str, Any]:
     "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
     "git": git_state(Path(__file__)),
   }
+
+
+def keep_compiled_programs(directory: str | None, default: Path) -> None:
+  """Has XLA's compiled programs kept on disk, for the processes that come after this one.
+
+  Args:
+    directory: "auto" takes `$JAX_COMPILATION_CACHE_DIR`, or what was set before in this process,
+      else `default`; None keeps none.
+    default: a directory; made when there is something to keep.
+  """
+  before = compiled_programs()
+  chosen = (before or str(default)) if directory == "auto" else directory
+  if chosen != before:
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    # JAX looks once, when it compiles for the first time.
+    compilation_cache.reset_cache()
+
+
+def compiled_programs() -> str | None:
+  """The directory where they are kept; None for none."""
+  return jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def git_state(file: Path) -> dict[str, Any] | None:

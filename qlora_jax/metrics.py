@@ -237,11 +237,11 @@ class Progress:
     if self._bar is not None:
       self._bar.update(steps)
 
-  def log(self, values: Mapping[str, SupportsFloat]) -> float:
+  def log(self, values: Mapping[str, SupportsFloat | str]) -> float:
     """Shows the latest values.
 
     Args:
-      values: name → number.
+      values: name → number, or what is to be shown in place of both.
 
     Returns:
       Tokens a second since the log before (or since the start); 0.0 where there were none.
@@ -249,7 +249,10 @@ class Progress:
     now = time.monotonic()
     elapsed = max(now - self._logged_at, 1e-9)
     rate = self._tokens / elapsed
-    parts = {name: f"{name} {_number(value):.4g}" for name, value in values.items()}
+    parts = {
+      name: value if isinstance(value, str) else f"{name} {_number(value):.4g}"
+      for name, value in values.items()
+    }
     if self._tokens:
       parts["tokens/s"] = f"{rate:,.0f} tokens/s"
     if self._bar is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from qlora_jax.config import OptimizerConfig
+from qlora_jax.optimizer_state import stored
 
 
 def schedule(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -53,6 +54,7 @@ def make(
     # Past the end there are steps that nobody reads.
     rate = functools.partial(jnp.take, learning_rates, mode="clip")
   adamw = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
+  adamw = stored(adamw, cfg.state)
   parts = [] if cfg.clip_norm is None else [optax.clip_by_global_norm(cfg.clip_norm)]
   parts.append(adamw)
   if cfg.lora_plus_ratio != 1:

@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import signal
+import time
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Protocol
 
@@ -33,9 +34,20 @@ Metrics = dict[str, jax.Array]
 _FIRST_LOSS_SCALE = 2.0**15
 _LOSS_SCALE_PERIOD = 200
 
+# Seconds: metrics that are read in less were there already.
+_AT_ONCE = 1e-3
+
 
 class NonFiniteLossError(RuntimeError):
   """A loss or the gradient became NaN or infinite; the message names the step."""
+
+
+class Paused(Exception):
+  """Training stands at `step`, which is saved, as it was asked to."""
+
+  def __init__(self, step: int):
+    super().__init__(f"paused at step {step}")
+    self.step = step
 
 
 class Interrupted(Exception):
@@ -300,6 +312,10 @@ def fit(
   saved only once its loss is known to be finite. Metrics are read one step late, so that the
   host never waits for the device but to log, to evaluate and to save.
 
+  With a step's metrics go `tokens_per_second` and `waiting_for_data`, both since the line before;
+  the latter is the share of the time in which batches were made while no step was under way, at
+  most. With the first, `compile_seconds`: what tracing and compiling the step took.
+
   Args:
     batches: of step i is `batches.batch(i)`.
     learning_rate: by step, for the record.
@@ -353,6 +369,7 @@ def fit_loop(
   checkpoints: Checkpoints | None = None,
   writer: MetricsWriter | None = None,
   description: str = "train",
+  until: int | None = None,
 ) -> Generator[Batch, Done, None]:
   """All of `fit` but its steps, which whoever drives it takes: of one training, or of several.
 
@@ -361,23 +378,51 @@ def fit_loop(
   Args:
     start: steps that are done.
     batches, …: see `fit`.
+    until: the step at which it saves and pauses, if it is not the last; None for none.
 
   Raises:
     NonFiniteLossError, Interrupted: see `fit`.
+    Paused: it is at `until`.
   """
+  if until is not None and until <= start < cfg.steps:
+    raise Paused(start)
   pending: tuple[int, Callable[[], Mapping[str, Any]]] | None = None
+  compiling: float | None = None  # seconds, until they are written
+  made = waited = 0.0  # seconds: of the last batch; of all since the line before
+  line_at = time.monotonic()
+
+  def next_batch(step: int) -> Batch:
+    nonlocal made
+    start = time.monotonic()
+    batch = batches.batch(step)
+    made = time.monotonic() - start
+    return batch
 
   def settle(progress: Progress) -> None:
-    nonlocal pending
+    nonlocal pending, compiling, waited, line_at
     if pending is None:
       return
     step, metrics = pending
     pending = None
+    start = time.monotonic()
     values = {name: np.asarray(value).item() for name, value in metrics().items()}
+    now = time.monotonic()
+    if now - start < _AT_ONCE < made:
+      # The step was done before the batch after it, which this one waited for.
+      waited += made
     _check(step, values)
     progress.advance(tokens=values["targets"])
     if step % cfg.log_every == 0 or step == cfg.steps:
-      speed = progress.log({"loss": values["loss"]})
+      share = waited / max(now - line_at, waited, 1e-9)
+      waited, line_at = 0.0, now
+      shown: dict[str, Any] = {"loss": values["loss"]}
+      if share >= 0.01:
+        shown["waiting for data"] = f"waiting for data {share:.0%}"
+      values["waiting_for_data"] = share
+      if compiling is not None:
+        shown["compiling"] = f"compiled in {compiling:.1f} s"
+        values["compile_seconds"], compiling = compiling, None
+      speed = progress.log(shown)
       if writer is not None:
         # A skipped step does not move the schedule on.
         rate = float(learning_rate(max(step - 1 - values["skipped"], 0)))
@@ -385,7 +430,12 @@ def fit_loop(
 
   with Progress(cfg.steps, initial_step=start, description=description) as progress:
     for step in range(start + 1, cfg.steps + 1):
-      state, metrics = yield batches.batch(step - 1)
+      batch = next_batch(step - 1)
+      asked = time.monotonic()
+      state, metrics = yield batch
+      if step == start + 1:
+        # A step is only begun when it is called, but for the first, which is compiled.
+        compiling = time.monotonic() - asked
       settle(progress)
       pending = (step, metrics)
       last = step == cfg.steps
@@ -399,7 +449,8 @@ def fit_loop(
           writer.write(step, {"held_out_loss": loss})
       # Read once: a signal between two looks would raise without having saved.
       received = guard.received
-      if received is not None or last or step % cfg.checkpoint_every == 0:
+      pause = step == until and not last
+      if received is not None or last or pause or step % cfg.checkpoint_every == 0:
         settle(progress)
         if checkpoints is not None:
           checkpoints.save(step, state())
@@ -407,6 +458,10 @@ def fit_loop(
         if checkpoints is not None:
           checkpoints.wait()
         raise Interrupted(received, step, saved=checkpoints is not None)
+      if pause:
+        if checkpoints is not None:
+          checkpoints.wait()
+        raise Paused(step)
   if checkpoints is not None:
     checkpoints.wait()
   if guard.received is not None:

@@ -343,7 +343,7 @@ def loop(frozen, rows, step):
 
 
 def lines(directory):
-  clock = ("time", "tokens_per_second")
+  clock = ("time", "tokens_per_second", "waiting_for_data", "compile_seconds")
   return [
     {name: value for name, value in line.items() if name not in clock}
     for line in metrics.read(directory)

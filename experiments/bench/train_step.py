@@ -2,16 +2,20 @@
 
   python -m experiments.bench.train_step --out train.json [ROW …] [--peer]
 
-A row is MODEL:BxT:REMAT, such as llama-8b:4x2048:full (see `MODELS` and `qlora_jax.models.remat`),
-with :16bit behind it for a base that is not quantized; without any, those of `ROWS`. Each runs in a
-process of its own, so that peaks are its own: random weights of that shape, made and quantized (NF4
-in blocks of 64, double quantization) layer by layer on the device, LoRA of rank 16 on every
-projection, bf16, AdamW, the same batch again and again. The loss must fall and the gradient not be
-zero.
+A row is MODEL:BxT:REMAT, such as llama-8b:4x2048:full (see `shapes` and `qlora_jax.models.remat`),
+with :16bit behind it for a base that is not quantized, :tables8 or :tables4 for a token table and a
+head that are, too, :adam-8bit and the like for how Adam's moments are kept, :chunk2048 for MLPs in
+chunks; without any, those of `ROWS`. Each runs in a process of its own, so that peaks are its own:
+random weights of that shape, made and quantized (NF4 in blocks of 64, double quantization) layer by
+layer on the device, LoRA of rank 16 on every projection, bf16, AdamW, the same batch again and
+again, at least 20 steps but where one takes over ten seconds. The loss must fall and the gradient
+not be zero.
 
 The last column is the share of the time that the step's products, attention's included, would take
 at the speed of a large bf16 product measured in the same process. `--peer` runs the same step in
-torch with bitsandbytes and PEFT, gradient checkpointing on, where they are installed.
+torch with bitsandbytes and PEFT, gradient checkpointing on, where they are installed. Beside each
+row that is on a device with a data sheet in `qlora_jax.plan` stands what the plan said of it, and
+how far that is off. `--plots DIR` draws speed and memory; with `--draw train.json` nothing runs.
 """
 
 import argparse
@@ -25,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +39,41 @@ import numpy as np
 import optax
 
 import qlora_jax as ql
-from qlora_jax import lora, tree_paths
-from qlora_jax.hf import checkpoint
+from experiments.bench import train_step_plots
+from experiments.shapes import SHAPES
+from qlora_jax import config as config_lib
+from qlora_jax import lora, memory, plan, tree_paths
+from qlora_jax.hf import checkpoint, stacks
 from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.models.transformer import Transformer, TransformerConfig
+from qlora_jax.optimizer_state import Storage, stored
+from qlora_jax.quantization import Treatment, treatments
 from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import init_state, make_train_step
 
-# vocabulary, D, I, layers, heads, groups, h
-MODELS: dict[str, tuple[int, int, int, int, int, int, int]] = {
-  "llama-8b": (128256, 4096, 14336, 32, 32, 8, 128),
-  "llama-70b": (128256, 8192, 28672, 80, 64, 8, 128),
-  "llama-3b": (128256, 3072, 8192, 28, 24, 8, 128),
-  "llama-1b": (128256, 2048, 8192, 16, 32, 8, 64),
-  "tiny": (256, 64, 128, 2, 4, 2, 16),
-}
-TIED = ("llama-3b", "llama-1b")
-
+# Every other one is what `experiments.plan --fit` fits the plan's constants on: of each kind one.
 ROWS = (
   "llama-8b:4x2048:full",
   "llama-8b:4x2048:mlp",
   "llama-8b:4x2048:elementwise",
   "llama-8b:4x2048:elementwise:16bit",
-  "llama-8b:1x8192:full",
-  "llama-3b:2x4096:full",
   "llama-70b:1x2048:full",
+  "llama-8b:4x2048:offload",
+  "llama-70b:4x2048:offload",
+  "llama-8b:1x8192:full",
+  "llama-8b:1x81920:offload",
+  "llama-3b:2x4096:full",
+  "llama-70b:1x2048:offload",
+  "llama-3b:2x4096:offload",
 )
 
 # Rows of more tokens take an MLP in chunks of so many.
 _LONG, _MLP_CHUNK = 32768, 16384
-# Groups of steps are timed, each of about so many seconds.
-_WARM_UP, _GROUPS, _SECONDS = 2, 3, 2.5
+_LORA = lora.LoRAConfig(rank=16)
+# Groups of steps are timed, each of about so many seconds, and so many steps in all at least.
+_WARM_UP, _GROUPS, _SECONDS, _STEPS = 2, 3, 2.5, 20
+# A step that takes longer is warmed up by one, and timed once.
+_SLOW = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,78 +85,135 @@ class Row:
   seq_len: int
   remat: str
   quantized: bool = True
+  table_bits: int | None = None
+  adam: Storage = "float32"
+  mlp_chunk: int | None = None
 
   @classmethod
   def parse(cls, text: str) -> "Row":
-    """From MODEL:BxT:REMAT or MODEL:BxT:REMAT:16bit.
+    """From MODEL:BxT:REMAT, with any of `OPTIONS` behind it.
 
     Raises:
       ValueError: it is none.
     """
     try:
-      model, shape, remat, *kind = text.split(":")
+      model, shape, remat, *options = text.split(":")
       batch_size, seq_len = map(int, shape.split("x"))
-      if kind not in ([], ["16bit"]):
-        raise ValueError
-    except ValueError:
-      raise ValueError(f"{text!r}: no row; MODEL:BxT:REMAT, such as {ROWS[0]}") from None
+      chosen = {name: value for option in options for name, value in OPTIONS[option].items()}
+    except (ValueError, KeyError):
+      raise ValueError(
+        f"{text!r}: no row; MODEL:BxT:REMAT, such as {ROWS[0]}, and behind it any of "
+        f"{', '.join(OPTIONS)}"
+      ) from None
     if batch_size < 1 or seq_len < 2 or remat not in REMAT_POLICIES:
       raise ValueError(
         f"{text!r}: B is at least 1, T at least 2, and REMAT one of {', '.join(REMAT_POLICIES)}"
       )
-    if model not in MODELS:
-      raise ValueError(f"{text!r}: no such model; one of {', '.join(MODELS)}")
-    return cls(model, batch_size, seq_len, remat, not kind)
+    if model not in SHAPES:
+      raise ValueError(f"{text!r}: no such model; one of {', '.join(SHAPES)}")
+    return cls(model, batch_size, seq_len, remat, **chosen)
+
+  @property
+  def is_plain(self) -> bool:
+    """Whether it is what a peer runs: a base in 4 bits, and nothing else that differs."""
+    return self.quantized and self.table_bits is None and self.adam == "float32"
+
+
+# What may stand behind a row: fields of `Row`.
+OPTIONS: dict[str, dict[str, Any]] = {
+  "16bit": {"quantized": False},
+  "tables8": {"table_bits": 8},
+  "tables4": {"table_bits": 4},
+  "adam-bfloat16": {"adam": "bfloat16"},
+  "adam-8bit": {"adam": "8bit"},
+  "adam-host": {"adam": "host"},
+  "chunk2048": {"mlp_chunk": 2048},
+}
 
 
 def architecture(name: str) -> TransformerConfig:
-  """The TransformerConfig of a key of `MODELS`."""
-  v, d, i, layers, heads, groups, h = MODELS[name]
-  return TransformerConfig(v, d, i, layers, heads, groups, h, tie_embeddings=name in TIED)
+  """The TransformerConfig of a key of `SHAPES`."""
+  return SHAPES[name]
 
 
-def random_base(model: Transformer, quantized: bool) -> Any:
-  """A frozen tree of random weights, packed a layer at a time, so that no stack is ever dense."""
-  rules = checkpoint.default_rules(ql.QuantizationConfig() if quantized else None)
-  shapes = checkpoint.abstract_base(model, rules, jnp.bfloat16)
+def rules(
+  shape: TransformerConfig, quantized: bool, table_bits: int | None = None
+) -> Mapping[str, Treatment]:
+  """What a base is quantized by: projections, and the tables if asked."""
+  projections = checkpoint.default_rules(ql.QuantizationConfig() if quantized else None)
+  return {**projections, **config_lib.table_rules(table_bits, shape.tie_embeddings)}
+
+
+def random_base(model: Transformer, quantized: bool, table_bits: int | None = None) -> Any:
+  """A frozen tree of random weights; making it takes no more than it and one layer, dense."""
+  own = rules(model.config, quantized, table_bits)
+  chosen = treatments(checkpoint.model_shapes(model), own)
+  shapes = checkpoint.abstract_base(model, own, jnp.bfloat16)
+
+  def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
 
   def make(key: jax.Array, path: str, like: Any) -> Any:
-    def draw(key, shape):
-      return 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
-
-    if is_quantized(like):
-      layers, *shape = like.shape
-      return jax.lax.map(lambda key: ql.quantize(draw(key, shape)), jax.random.split(key, layers))
-    return jnp.ones(like.shape, like.dtype) if "norm" in path else draw(key, like.shape)
+    if not is_quantized(like):
+      return (
+        jnp.ones(like.shape, like.dtype)
+        if "norm" in path
+        else jax.jit(draw, static_argnums=1)(key, like.shape)
+      )
+    *layers, k, n = like.shape
+    treatment = chosen[path]
+    assert isinstance(treatment, ql.QuantizationConfig)
+    one = jax.jit(lambda key: ql.quantize(draw(key, (k, n)), **treatment.arguments))
+    if not layers:
+      return one(key)
+    # In place: what a `lax.map` gives lay there twice, and 70B's base took 10 GB more than it is.
+    stack = stacks.empty(tuple(layers), jax.eval_shape(one, key))
+    for layer, own_key in enumerate(jax.random.split(key, layers[0])):
+      # One at a time, or a fast host would have the matrices of many layers made ahead.
+      stack = jax.block_until_ready(stacks.write_whole(stack, one(own_key), (layer,)))
+    return stack
 
   leaves = tree_paths.leaves(shapes, is_leaf=is_quantized)
   keys = jax.random.split(jax.random.key(0), len(leaves))
   made = {
-    path: jax.jit(functools.partial(make, path=path, like=like))(key)
-    for key, (path, like) in zip(keys, leaves.items(), strict=True)
+    path: make(key, path, like) for key, (path, like) in zip(keys, leaves.items(), strict=True)
   }
   return tree_paths.nest(made)
 
 
-def flops(config: Any, row: Row) -> int:
-  """Of one step: the products with the base, and attention's, with what `remat` computes again.
+def plan_step(row: Row) -> plan.Step:
+  """The row as the plan has it."""
+  return plan.Step(row.batch_size, row.seq_len, row.remat, _mlp_chunk(row))  # pyright: ignore
 
-  2 a weight a token forward, 2 for the input's gradient; attention's two products of T · T / 2
-  pairs, and the five of its backward pass.
-  """
-  tokens = row.batch_size * row.seq_len
-  d, i = config.hidden_size, config.intermediate_size
-  q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-  first = d * (q + 2 * kv) + q * d
-  wide, last = 2 * d * i, i * d
-  pairs = tokens * (row.seq_len + 1) // 2
-  attention = 2 * 2 * pairs * q
-  layer = 4 * tokens * (first + wide + last) + attention + attention * 5 // 2
-  if row.remat in ("full", "offload"):
-    layer += 2 * tokens * (first + wide) + attention
-  elif row.remat == "mlp" or row.seq_len > _LONG:
-    layer += 2 * tokens * wide
-  return config.num_layers * layer + 4 * tokens * d * config.vocab_size
+
+def _mlp_chunk(row: Row) -> int | None:
+  return row.mlp_chunk or (_MLP_CHUNK if row.seq_len > _LONG else None)
+
+
+@functools.cache
+def _planner(model: str, quantized: bool, table_bits: int | None, adam: Storage) -> plan.Planner:
+  transformer = Transformer(architecture(model))
+  own = rules(transformer.config, quantized, table_bits)
+  frozen = checkpoint.abstract_base(transformer, own, jnp.bfloat16)
+  return plan.Planner.of(transformer, frozen, _LORA, _optimizer(adam))
+
+
+def planner(row: Row) -> plan.Planner:
+  """Of the row's base, adapters and optimizer."""
+  return _planner(row.model, row.quantized, row.table_bits, row.adam)
+
+
+def planned_device(kind: str) -> plan.Device | None:
+  """The data sheet of a device by JAX's name for it; None without one."""
+  words = re.sub(r"[^a-z0-9]+", "-", kind.lower()).split("-")
+  names = {"a100": "a100-40gb" if "40gb" in words else "a100", "lite": "v5e"}
+  found = [names.get(word, word) for word in words]
+  return next((plan.DEVICES[name] for name in found if name in plan.DEVICES), None)
+
+
+def flops(config: TransformerConfig, row: Row) -> int:
+  """Of one step: see `plan.operations`."""
+  return sum(plan.operations(config, plan_step(row)))
 
 
 def product_speed() -> float:
@@ -168,16 +233,36 @@ def product_speed() -> float:
   return 20 * 2 * size**3 / min(seconds)
 
 
+def _optimizer(storage: Storage) -> optax.GradientTransformation:
+  return stored(optax.adamw(2e-4), storage)
+
+
 def build(row: Row) -> tuple[Any, Any, Any, Any]:
   """The jitted step, and its state, base and batch."""
   config = architecture(row.model)
-  mlp_chunk = _MLP_CHUNK if row.seq_len > _LONG else None
-  model = Transformer(config, remat=row.remat, mlp_chunk=mlp_chunk)  # pyright: ignore
-  frozen = random_base(model, row.quantized)
-  optimizer = optax.adamw(2e-4)
-  params, constants = lora.init(jax.random.key(1), frozen, lora.LoRAConfig(rank=16))
+  model = Transformer(config, remat=row.remat, mlp_chunk=_mlp_chunk(row))  # pyright: ignore
+  frozen = random_base(model, row.quantized, row.table_bits)
+  optimizer = _optimizer(row.adam)
+  params, constants = lora.init(jax.random.key(1), frozen, _LORA)
   state = init_state(params, constants, optimizer, seed=0, dtype=model.dtype)
   batch = random_batch((1, row.batch_size, row.seq_len), config.vocab_size)
+  return make_train_step(model, optimizer), state, frozen, batch
+
+
+def abstract(row: Row) -> tuple[Any, Any, Any, Any]:
+  """What `build` gives, as shapes."""
+  model = Transformer(architecture(row.model), remat=row.remat, mlp_chunk=_mlp_chunk(row))  # pyright: ignore
+  own = rules(model.config, row.quantized, row.table_bits)
+  frozen = checkpoint.abstract_base(model, own, jnp.bfloat16)
+  optimizer = _optimizer(row.adam)
+
+  def start(key, frozen):
+    params, constants = lora.init(key, frozen, _LORA)
+    return init_state(params, constants, optimizer, seed=0, dtype=model.dtype)
+
+  state = jax.eval_shape(start, jax.eval_shape(lambda: jax.random.key(1)), frozen)
+  shape = (1, row.batch_size, row.seq_len)
+  batch = jax.eval_shape(lambda: random_batch(shape, model.config.vocab_size))
   return make_train_step(model, optimizer), state, frozen, batch
 
 
@@ -201,7 +286,7 @@ def timed(
     seconds_a_group: about how long a group of steps, which is timed as a whole, shall take.
 
   Returns:
-    Losses after each step of the warm-up and each group, `[trials]` (one of a single training);
+    Losses of each step, `[trials]` (one of a single training);
     seconds a step of each group; the last gradient norms.
 
   Raises:
@@ -213,13 +298,20 @@ def timed(
     state, metrics = compiled(state, *rest)
     losses.append(np.asarray(metrics["loss"]).reshape(-1))
     seconds = time.perf_counter() - start
+    if seconds > _SLOW:
+      break
   steps = max(1, round(seconds_a_group / seconds))
-  for _ in range(_GROUPS):
+  if seconds < _SLOW:
+    steps = max(steps, -(-(_STEPS - _WARM_UP) // _GROUPS))
+  for _ in range(_GROUPS if seconds < _SLOW else 1):
     start = time.perf_counter()
+    found = []
     for _ in range(steps):
       state, metrics = compiled(state, *rest)
-    losses.append(np.asarray(metrics["loss"]).reshape(-1))
+      found.append(metrics["loss"])
+    jax.block_until_ready(metrics)
     groups.append((time.perf_counter() - start) / steps)
+    losses += [np.asarray(loss).reshape(-1) for loss in found]
   norms = np.asarray(metrics["grad_norm"]).reshape(-1)
   if not (losses[-1] < losses[0]).all() or not (norms > 0).all():
     raise RuntimeError(f"losses {losses}, gradient norms {norms}: what is trained does not learn")
@@ -227,22 +319,27 @@ def timed(
 
 
 def measure(row: Row) -> dict[str, Any]:
-  """Runs a row in this process."""
+  """Runs a row in this process: what was measured, and under `plan` what was said of it."""
   speed = product_speed()
   step, state, frozen, batch = build(row)
+  jax.block_until_ready((state, frozen))
+  before = _peak_bytes()
   start = time.perf_counter()
   compiled = step.lower(state, frozen, batch).compile()
   compile_seconds = time.perf_counter() - start
   analysis = compiled.memory_analysis()
+  base_bytes = tree_paths.tree_bytes(frozen)
   losses, groups, norms = timed(compiled, state, (frozen, batch), _SECONDS)
   seconds = statistics.median(groups)
   device = jax.devices()[0]
-  statistics_of_device = device.memory_stats() or {}
-  return {
+  found = {
     "tokens_per_second": row.batch_size * row.seq_len / seconds,
     "step_seconds": groups,
-    "peak_bytes": statistics_of_device.get("peak_bytes_in_use"),
-    "base_bytes": tree_paths.tree_bytes(frozen),
+    "peak_bytes": _peak_bytes(),
+    # Of what came before: where it is the peak, the step's own is lower.
+    "peak_bytes_before": before,
+    "step_bytes": memory.step_bytes(compiled),
+    "base_bytes": base_bytes,
     "temporary_bytes": analysis.temp_size_in_bytes,
     "host_temporary_bytes": analysis.host_temp_size_in_bytes,
     "limit": flops(architecture(row.model), row) / speed / seconds,
@@ -252,6 +349,28 @@ def measure(row: Row) -> dict[str, Any]:
     "gradient_norm": norms.item(),
     "device": device.device_kind,
     "jax": jax.__version__,
+  }
+  return found | {"plan": planned(row, found)}
+
+
+def _peak_bytes() -> int | None:
+  return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def planned(row: Row, found: dict[str, Any]) -> dict[str, Any] | None:
+  """What the plan says of a row, and how far off it is; None for a device without a data sheet."""
+  device = planned_device(found["device"])
+  if device is None:
+    return None
+  expected, step = planner(row), plan_step(row)
+  needed, seconds = expected.memory(step), expected.seconds(step, device)
+  return {
+    "bytes": dataclasses.asdict(needed),
+    "seconds": dataclasses.asdict(seconds),
+    "peak_bytes": needed.total,
+    "peak_error": needed.total / found["step_bytes"] - 1,
+    "step_seconds": seconds.total,
+    "step_error": seconds.total / statistics.median(found["step_seconds"]) - 1,
   }
 
 
@@ -335,8 +454,12 @@ def peer(row: Row) -> dict[str, Any]:
       importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
       return {"error": f"{package} is not installed"}
-  tied = int(row.model in TIED)
-  numbers = (*MODELS[row.model], tied, row.batch_size, row.seq_len, _WARM_UP, _GROUPS, _SECONDS)
+  config = architecture(row.model)
+  if config.model_type != "llama":
+    return {"error": f"{row.model}: the peer is written for Llamas"}
+  shape = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers)
+  heads = (config.num_heads, config.num_kv_heads, config.head_dim, int(config.tie_embeddings))
+  numbers = (*shape, *heads, row.batch_size, row.seq_len, _WARM_UP, _GROUPS, _SECONDS)
   return child([sys.executable, "-c", PEER, *map(str, numbers)], {})
 
 
@@ -346,8 +469,13 @@ def line(text: str, who: str, found: dict[str, Any]) -> str:
     return f"{text:32} {who:14} failed: {found['error'][:200]}"
   share = f"{found['limit']:.2f}" if "limit" in found else ""
   peak = found["peak_bytes"]
-  memory = "" if peak is None else f"{peak / 1e9:8.2f} GB"
-  return f"{text:32} {who:14} {found['tokens_per_second']:10,.0f} tok/s {memory} {share:>6}"
+  size = "" if peak is None else f"{peak / 1e9:8.2f} GB"
+  off = found.get("plan")
+  errors = ""
+  if off is not None:
+    errors = f"  plan {100 * off['peak_error']:+.1f}%, {100 * off['step_error']:+.1f}%"
+  speed = f"{found['tokens_per_second']:10,.0f} tok/s"
+  return f"{text:32} {who:14} {speed} {size} {share:>6}{errors}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -356,12 +484,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("rows", nargs="*", metavar="MODEL:BxT:REMAT")
   parser.add_argument("--out", type=Path)
   parser.add_argument("--peer", action="store_true", help="torch with bitsandbytes and PEFT too")
+  parser.add_argument("--plots", type=Path, help="a directory for figures")
+  parser.add_argument("--draw", type=Path, help="draws what an earlier --out wrote; runs nothing")
   parser.add_argument("--here", action="store_true", help="one row, in this process; prints JSON")
   arguments = parser.parse_args(argv)
   try:
     rows = {text: Row.parse(text) for text in arguments.rows or ROWS}
   except ValueError as error:
     parser.error(str(error))
+  if arguments.draw is not None:
+    train_step_plots.draw(json.loads(arguments.draw.read_text()), arguments.plots or Path())
+    return 0
   if arguments.here and len(rows) != 1:
     parser.error(f"--here: {len(rows)} rows; one is run")
   if arguments.here:
@@ -371,7 +504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   for text, row in rows.items():
     command = [sys.executable, "-m", "experiments.bench.train_step", text, "--here"]
     found = {"ours": child(command, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"})}
-    if arguments.peer and row.quantized:
+    if arguments.peer and row.is_plain:
       found["peer"] = peer(row)
     for who, each in found.items():
       print(line(text, who, each), flush=True)
@@ -380,6 +513,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out:
       # After each: what was measured stays if a later row takes the process down.
       arguments.out.write_text(json.dumps(results, indent=1))
+  if arguments.plots:
+    train_step_plots.draw(results, arguments.plots)
   return int(failed)
 
 

@@ -1,0 +1,208 @@
+"""Says before a run what it will need: memory, time, the longest rows, the largest batch.
+
+  python -m experiments.plan --config configs/stories.py --model llama-8b --device h100
+  python -m experiments.plan --fit train.json
+
+Of a config (any field as `--config.section.field=value`) and a device's data sheet, by remat
+policy: the peak, with its parts, the tokens a second, the longest row and the largest batch that
+fit; the adapter's size on disk; the time of all steps. `--model` takes the shape of a well-known
+model in place of the config's own; no weights are needed, and no accelerator.
+
+`--fit` takes what `experiments.bench.train_step` wrote, fits the model's constants on every other
+row, and prints how far it is off on each.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import command_line
+from experiments.planned import planner, step_of
+from experiments.shapes import SHAPES
+from qlora_jax import plan
+from qlora_jax.config import ExperimentConfig
+
+# What a step may fill of a device's memory: the rest is fragments and the driver's.
+USABLE = 0.95
+# A row longer than the config's is planned with the MLP in chunks of so many tokens.
+LONG_ROWS_CHUNK = 16384
+
+
+def table(
+  config: ExperimentConfig, planned: plan.Planner, device: plan.Device, host_memory: float
+) -> list[dict[str, Any]]:
+  """A row a policy: bytes and seconds by part, and what fits."""
+  step = step_of(config)
+  available = USABLE * device.memory
+  chunk = config.model.mlp_chunk or LONG_ROWS_CHUNK
+  rows = []
+  for policy in plan.policies(device):
+    each = dataclasses.replace(step, remat=policy)
+    one_row = dataclasses.replace(each, batch_size=1, mlp_chunk=chunk)
+    memory, seconds = planned.memory(each), planned.seconds(each, device)
+    rows.append(
+      {
+        "remat": policy,
+        "bytes": dataclasses.asdict(memory),
+        "peak_bytes": memory.total,
+        "fits": planned.fits(each, available, host_memory),
+        "seconds": dataclasses.asdict(seconds),
+        "step_seconds": seconds.total,
+        "tokens_per_second": step.accumulate_steps * step.tokens / seconds.total,
+        "longest": planned.longest(one_row, available, host_memory),
+        "largest_batch": planned.largest_batch(each, available, host_memory),
+      }
+    )
+  return rows
+
+
+def text(
+  config: ExperimentConfig,
+  planned: plan.Planner,
+  name: str,
+  device: plan.Device,
+  host_memory: float,
+) -> str:
+  """`table`, to be read."""
+  rows = table(config, planned, device, host_memory)
+  step = step_of(config)
+  base, adapters = planned.memory(step).base, planned.adapter_bytes
+  passes = f"{step.accumulate_steps} × " if step.accumulate_steps > 1 else ""
+  lines = [
+    f"{passes}{step.batch_size} × {step.seq_len} tokens a step, {name}: "
+    f"{device.memory / 1e9:.0f} GB, of which {100 * USABLE:.0f}% are planned with; "
+    f"{host_memory / 1e9:.0f} GB of the host's",
+    "",
+    f"{'remat':12}{'peak GB':>9}{'kept':>8}{'working':>9}{'host':>8}  {'fits':6}{'tokens/s':>9}"
+    f"{'step s':>9}{'longest row':>13}{'largest batch':>15}",
+  ]
+  for row in rows:
+    parts = row["bytes"]
+    lines.append(
+      f"{row['remat']:12}{row['peak_bytes'] / 1e9:9.2f}{parts['kept'] / 1e9:8.2f}"
+      f"{parts['working'] / 1e9:9.2f}{parts['host'] / 1e9:8.2f}  "
+      f"{'yes' if row['fits'] else 'no':6}{row['tokens_per_second']:9,.0f}"
+      f"{row['step_seconds']:9.3f}{row['longest']:13,}{row['largest_batch']:15,}"
+    )
+  fastest = planned.fastest(step, device, USABLE * device.memory, host_memory)
+  lines += [
+    "",
+    f"base {base / 1e9:.2f} GB, adapters {adapters / 1e9:.3f} GB (as much on disk), optimizer "
+    f"{planned.memory(step).optimizer / 1e9:.3f} GB, gradients "
+    f"{planned.memory(step).gradients / 1e9:.3f} GB",
+    f"longest row: of one, its MLPs in chunks of {config.model.mlp_chunk or LONG_ROWS_CHUNK}",
+  ]
+  if fastest is None:
+    lines.append(f"no policy fits in {USABLE * device.memory / 1e9:.1f} GB")
+  else:
+    seconds = next(row["step_seconds"] for row in rows if row["remat"] == fastest)
+    total = config.train.steps * seconds
+    lines.append(
+      f"fastest that fits: {fastest}; {config.train.steps} steps take {_duration(total)}, without "
+      "loading, compiling and evaluating"
+    )
+  if rows[0]["step_seconds"] < 0.01:
+    lines.append("a step so short takes as long as launching it does, which is not counted here")
+  if name != "h100":
+    lines.append("the model's constants were fitted on an H100 alone: times here are less sure")
+  return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+  hours, minutes = divmod(round(seconds / 60), 60)
+  return f"{hours} h {minutes:02} min" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+def fitted(rows: Sequence[dict[str, Any]]) -> tuple[plan.Constants, list[dict[str, Any]]]:
+  """Constants fitted on the rows of a benchmark that are even in order, and each row's errors.
+
+  Args:
+    rows: as `experiments.bench.train_step --out` writes them; those that failed are left out.
+  """
+  from experiments.bench import train_step
+
+  measured: list[tuple[str, plan.Measured]] = []
+  for entry in rows:
+    found = entry["ours"]
+    if "error" in found:
+      continue
+    row = train_step.Row.parse(entry["row"])
+    planned = train_step.planner(row)
+    step = train_step.plan_step(row)
+    # The step's own: a process's peak may be that of making its base.
+    state = sum(getattr(planned.memory(step), part) for part in ("adapters", "optimizer"))
+    peak = found["base_bytes"] + state + found["temporary_bytes"]
+    seconds = statistics.median(found["step_seconds"])
+    device = train_step.planned_device(found["device"])
+    if device is None:
+      raise ValueError(f"{entry['row']}: device {found['device']!r}; no data sheet in plan.DEVICES")
+    measured.append((entry["row"], plan.Measured(planned, step, device, peak, seconds)))
+  constants = plan.fit(each for _, each in measured[::2])
+  errors = []
+  for i, (name, each) in enumerate(measured):
+    planned = each.planner.with_constants(constants)
+    errors.append(
+      {
+        "row": name,
+        "fitted": i % 2 == 0,
+        "peak_error": planned.memory(each.step).total / each.peak - 1,
+        "step_error": planned.seconds(each.step, each.device).total / each.seconds - 1,
+      }
+    )
+  return constants, errors
+
+
+def main(argv: Sequence[str]) -> int:
+  """Prints the plan that `argv` asks for; 2 for what the user can mend."""
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.plan", description=__doc__, add_help=False, allow_abbrev=False
+  )
+  parser.add_argument("--device", default="h100")
+  parser.add_argument("--memory_gb", type=float, help="in place of the device's")
+  parser.add_argument("--host_memory_gb", type=float, default=128.0)
+  parser.add_argument("--model", help=f"one of {', '.join(SHAPES)}")
+  parser.add_argument("--fit", type=Path)
+  parser.add_argument("--json", type=Path, help="writes the table there as well")
+  own, rest = parser.parse_known_args(argv)
+  # Nothing is computed: the accelerator is left to whoever is using it.
+  jax.config.update("jax_platforms", "cpu")
+  try:
+    if own.fit is not None:
+      constants, errors = fitted(json.loads(own.fit.read_text()))
+      print(constants)
+      for each in errors:
+        print(
+          f"{each['row']:40}{'fitted' if each['fitted'] else 'checked':8} "
+          f"memory {100 * each['peak_error']:+5.1f}%  time {100 * each['step_error']:+5.1f}%"
+        )
+      return 0
+    for flag, value, known in (
+      ("device", own.device, plan.DEVICES),
+      ("model", own.model, SHAPES),
+    ):
+      if value is not None and value not in known:
+        raise ValueError(f"--{flag}: {value!r}; one of {', '.join(known)}")
+    device = plan.DEVICES[own.device]
+    if own.memory_gb is not None:
+      device = dataclasses.replace(device, memory=1e9 * own.memory_gb)
+    config = command_line.parse(rest).config
+    planned = planner(config, SHAPES[own.model] if own.model else None)
+    print(text(config, planned, own.device, device, 1e9 * own.host_memory_gb))
+    if own.json is not None:
+      rows = table(config, planned, device, 1e9 * own.host_memory_gb)
+      own.json.write_text(json.dumps(rows, indent=1))
+  except (ValueError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

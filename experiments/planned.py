@@ -1,0 +1,172 @@
+"""What a config's run takes, from shapes alone (see `qlora_jax.plan`), and why it did not fit."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.base import architecture
+from qlora_jax import codebooks, memory, optimizers, plan
+from qlora_jax import config as config_lib
+from qlora_jax.config import BaseQuantization, ExperimentConfig
+from qlora_jax.hf import checkpoint
+from qlora_jax.models.remat import REMAT_POLICIES, RematPolicy
+from qlora_jax.models.transformer import Transformer, TransformerConfig
+from qlora_jax.quantization import QuantizationConfig, Treatment
+
+
+def shape_of(config: ExperimentConfig) -> TransformerConfig:
+  """The architecture that a config trains on; of a checkpoint, its config.json alone is read."""
+  if config.model.path:
+    return checkpoint.read_config(Path(config.model.path))
+  return architecture(config.pretrain)
+
+
+def widest(quantization: BaseQuantization) -> QuantizationConfig:
+  """Of what a weight may be quantized by, that of the most bits: all there is without a budget."""
+  return max(
+    quantization.choices, key=lambda each: codebooks.get(each.codebook, each.block_size).bits
+  )
+
+
+def rules(
+  config: ExperimentConfig, quantization: QuantizationConfig | None, shape: TransformerConfig
+) -> QuantizationConfig | Mapping[str, Treatment] | None:
+  """What `hf.load` quantizes a base of this shape by: its projections, and the tables if asked."""
+  tables = config_lib.table_rules(config.table_bits, shape.tie_embeddings)
+  if quantization is None or not tables:
+    return quantization
+  return {**checkpoint.default_rules(quantization), **tables}
+
+
+def abstract_base(config: ExperimentConfig, model: Transformer) -> Any:
+  """Shapes of the base; under a budget of bits, of its widest codebook throughout."""
+  quantization = config.base_quantization
+  counted_as = None if quantization is None else widest(quantization)
+  own = checkpoint.default_rules(rules(config, counted_as, model.config))
+  return checkpoint.abstract_base(model, own, config.model.storage_dtype)
+
+
+def planner(config: ExperimentConfig, shape: TransformerConfig | None = None) -> plan.Planner:
+  """Of a config's base, adapters and optimizer.
+
+  Args:
+    shape: of the base; None for that which the config names.
+  """
+  shape = shape_of(config) if shape is None else shape
+  model = Transformer(shape, dtype=np.dtype(config.model.dtype))
+  return plan.Planner.of(
+    model,
+    abstract_base(config, model),
+    config.lora,
+    optimizers.make(config.optimizer, config.train.steps),
+  )
+
+
+def step_of(config: ExperimentConfig) -> plan.Step:
+  """The step that a config describes; of remat "auto", that of "full"."""
+  return plan.Step(
+    config.train.batch_size,
+    config.data.seq_len,
+    "full" if config.model.remat == "auto" else config.model.remat,
+    config.model.mlp_chunk,
+    config.train.loss_chunk,
+    config.train.accumulate_steps,
+  )
+
+
+def peaks(config: ExperimentConfig, shape: TransformerConfig) -> dict[RematPolicy, int]:
+  """Bytes of the device that the config's step takes under each policy."""
+  own, step = planner(config, shape), step_of(config)
+  return {
+    policy: own.memory(dataclasses.replace(step, remat=policy)).total for policy in REMAT_POLICIES
+  }
+
+
+class OutOfMemoryError(RuntimeError):
+  """A step did not fit; the message says what takes the memory, and what would save most of it."""
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(config: ExperimentConfig, model: Transformer) -> Iterator[None]:
+  """Raises OutOfMemoryError where the device ran out of memory inside.
+
+  Args:
+    config: of the training.
+    model: as it trains: its shape and its remat are read, which "auto" has chosen.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise OutOfMemoryError(explanation(config, model)) from error
+
+
+def explanation(config: ExperimentConfig, model: Transformer) -> str:
+  """What a training takes, by part, and the three settings that would save most, by the plan."""
+  config = _with(config, {"model.remat": model.remat})
+  counted = planner(config, model.config).memory(step_of(config))
+  parts = dataclasses.asdict(counted)
+  parts.pop("host")
+  largest = sorted(parts.items(), key=lambda part: -part[1])
+  listed = ", ".join(f"{name} {_size(size)}" for name, size in largest if size)
+  limit = memory.device_bytes()
+  of = "" if limit is None else f" of {_size(limit)}"
+  lines = [f"out of memory: the step takes about {_size(counted.total)}{of} ({listed}). Try"]
+  for text, saved in savings(config, model.config)[:3]:
+    lines.append(f"  {text}: saves about {_size(saved)}")
+  return "\n".join(lines)
+
+
+def savings(config: ExperimentConfig, shape: TransformerConfig) -> list[tuple[str, int]]:
+  """(overrides, bytes of the device that they save), the largest first; of each field the best."""
+  planned = planner(config, shape)
+  total = planned.memory(step_of(config)).total
+  found = []
+  for choices in _alternatives(config):
+    best = ("", 0)
+    for overrides in choices:
+      try:
+        other = _with(config, overrides)
+      except config_lib.ConfigError:
+        continue  # what this config rules out
+      same = all(
+        path.startswith(("train.", "data.", "model.remat", "model.mlp")) for path in overrides
+      )
+      own = planned if same else planner(other, shape)
+      saved = total - own.memory(step_of(other)).total
+      if saved > best[1]:
+        best = (" ".join(f"--config.{k}={v}" for k, v in overrides.items()), saved)
+    if best[1]:
+      found.append(best)
+  return sorted(found, key=lambda each: -each[1])
+
+
+def _alternatives(config: ExperimentConfig) -> Iterator[list[dict[str, Any]]]:
+  """Overrides that may save memory, those of one field together."""
+  train, length = config.train, config.data.seq_len
+  yield [{"model.remat": policy} for policy in ("offload", "full")]
+  if train.batch_size > 1:
+    half = -(-train.batch_size // 2)
+    passes = -(-train.batch_size * train.accumulate_steps // half)
+    yield [{"train.batch_size": half, "train.accumulate_steps": passes}]
+  yield [{"data.seq_len": length // 2}]
+  yield [{"model.mlp_chunk": 2048 if length > 4096 else max(length // 4, 1)}]
+  yield [{"train.loss_chunk": max(train.loss_chunk // 4, 1)}]
+  yield [{"optimizer.state": "host"}, {"optimizer.state": "8bit"}]
+  yield [{"model.table_bits": bits} for bits in (4, 8)]
+  yield [{"lora.rank": max(config.lora.rank // 2, 1)}]
+  yield [{"model.quantize": True, "train.compare_16bit": False}]
+
+
+def _with(config: ExperimentConfig, overrides: dict[str, Any]) -> ExperimentConfig:
+  return config_lib.from_config_dict(config_lib.to_config_dict(config), overrides)
+
+
+def _size(count: float) -> str:
+  return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

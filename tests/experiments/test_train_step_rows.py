@@ -1,0 +1,82 @@
+"""Rows of the benchmark: their options and bases, what the plan says beside them, figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qlora_jax as ql
+from experiments.bench import train_step, train_step_plots
+from qlora_jax.hf import checkpoint, stacks
+from qlora_jax.models.transformer import Transformer
+
+ROOT = Path(__file__).parents[2]
+
+
+def results():
+  rows = json.loads((ROOT / "experiments/bench/train_step_h100.json").read_text())[:2]
+  for entry in rows:
+    ours, row = entry["ours"], train_step.Row.parse(entry["row"])
+    ours.setdefault("step_bytes", ours["peak_bytes"])
+    ours["plan"] = train_step.planned(row, ours)
+  return rows
+
+
+def test_the_plan_stands_beside_a_row():
+  first = results()[0]["ours"]
+  said = first["plan"]
+  assert said["peak_bytes"] == sum(v for k, v in said["bytes"].items() if k != "host")
+  assert said["peak_error"] == said["peak_bytes"] / first["step_bytes"] - 1
+  assert abs(said["peak_error"]) < 0.05
+  assert abs(said["step_error"]) < 0.15
+  assert train_step.planned_device("cpu") is None
+  assert train_step.planned_device("TPU v5 lite") == train_step.planned_device("TPU v5e")
+
+
+def test_figures_are_drawn(tmp_path):
+  pytest.importorskip("matplotlib")
+  rows = [*results(), {"row": "llama-70b:1x2048:full", "ours": {"error": "x", "log": ""}}]
+  (tmp_path / "train.json").write_text(json.dumps(rows))
+  arguments = ["--draw", str(tmp_path / "train.json"), "--plots", str(tmp_path / "figures")]
+  assert train_step.main(arguments) == 0
+  drawn = {path.stem: path.read_text() for path in (tmp_path / "figures").iterdir()}
+  assert sorted(drawn) == ["memory", "speed-llama-8b"]
+  assert all(svg.startswith("<svg") for svg in drawn.values())
+  assert "llama-8b:4x2048:full (10.38 measured)" in drawn["memory"]
+  with pytest.raises(ValueError, match="no row ran"):
+    train_step_plots.draw(rows[-1:], tmp_path)
+
+
+def test_options_of_a_row():
+  row = train_step.Row.parse("llama-8b:1x64:full:tables4:adam-8bit")
+  assert (row.table_bits, row.adam, row.quantized) == (4, "8bit", True)
+  assert not row.is_plain
+  plain = train_step.planner(train_step.Row.parse("llama-8b:1x64:full"))
+  small = train_step.planner(row)
+  step = train_step.plan_step(row)
+  # Two tables of 16 bits in a little over 4; two moments of 32 bits in a little over 8.
+  tables = 2 * 128256 * 4096
+  assert plain.memory(step).base - small.memory(step).base == pytest.approx(1.48 * tables, rel=0.01)
+  assert small.memory(step).optimizer == pytest.approx(plain.memory(step).optimizer / 4, rel=0.03)
+
+
+def test_a_random_base_is_written_in_place():
+  model = Transformer(train_step.architecture("tiny"))
+  base = train_step.random_base(model, True, 8)
+  like = checkpoint.abstract_base(model, train_step.rules(model.config, True, 8), jnp.bfloat16)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), base) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), like
+  )
+  up = ql.dequantize(base["layers"]["mlp"]["up"]["kernel"])
+  assert 0.015 < float(up.std()) < 0.025
+  assert float(jnp.abs(up[0] - up[1]).mean()) > 0.01
+  # What writes a layer: the stack is its own result, and nothing of its size lies beside it.
+  stack = base["layers"]["mlp"]["up"]["kernel"]
+  one = jax.tree.map(lambda x: x[0], stack)
+  found: Any = stacks.write_whole.lower(stack, one, (1,)).compile().memory_analysis()
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(stack))
+  assert found.alias_size_in_bytes >= size
+  assert found.temp_size_in_bytes < size / 2

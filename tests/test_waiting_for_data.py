@@ -1,0 +1,104 @@
+"""What the loop says of a slow input pipeline and of compiling; where compiled programs go."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from qlora_jax import config as config_lib
+from qlora_jax import environment, metrics, train
+from qlora_jax.config import TrainConfig
+
+
+class Batches:
+  def __init__(self, seconds):
+    self.seconds = seconds
+
+  def batch(self, step):
+    time.sleep(self.seconds)
+    return {}
+
+
+class Value:
+  """A metric of a step that the device takes until `done`."""
+
+  def __init__(self, value, done):
+    self.value, self.done = value, done
+
+  def __array__(self, dtype=None, copy=None):
+    time.sleep(max(self.done - time.monotonic(), 0))
+    return np.asarray(self.value, dtype)
+
+
+def lines(directory, batch_seconds, step_seconds, steps=8) -> list[dict[str, Any]]:
+  """Of a training whose steps and batches take so long, the device working beside the host."""
+  free = 0.0
+
+  def train_step(state, frozen, batch):
+    nonlocal free
+    if state == 0:
+      time.sleep(0.2)  # compiles
+    free = max(free, time.monotonic()) + step_seconds
+    names = ("loss", "grad_norm", "loss_scale", "targets", "skipped")
+    return state + 1, {name: Value(1, free) for name in names}
+
+  cfg = TrainConfig(steps=steps, log_every=4, eval_every=100, checkpoint_every=100)
+  with train.SignalGuard() as guard, metrics.MetricsWriter(directory) as writer:
+    loop = train.fit_loop(
+      0,
+      batches=Batches(batch_seconds),
+      cfg=cfg,
+      learning_rate=lambda _: 1.0,
+      guard=guard,
+      writer=writer,
+    )
+    train.drive(0, train_step, None, loop)  # pyright: ignore[reportArgumentType]
+  return metrics.read(directory)
+
+
+def test_a_slow_pipeline_shows(tmp_path, capsys):
+  first, last = lines(tmp_path, batch_seconds=0.06, step_seconds=0.01)
+  # All of the time but the steps' own, which a busy machine stretches.
+  assert 0.6 < last["waiting_for_data"] <= 1
+  assert 0.2 <= first["compile_seconds"] < 5
+  assert "compile_seconds" not in last
+  shown = capsys.readouterr().err
+  assert f"waiting for data {last['waiting_for_data']:.0%}" in shown
+  assert f"compiled in {first['compile_seconds']:.1f} s" in shown
+
+
+def test_a_fast_pipeline_does_not(tmp_path, capsys):
+  _, last = lines(tmp_path, batch_seconds=0.002, step_seconds=0.05)
+  assert last["waiting_for_data"] == 0
+  assert "waiting" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def cache():
+  before = environment.compiled_programs()
+  yield before
+  environment.keep_compiled_programs(before, environment.Path("unused"))
+
+
+def test_where_compiled_programs_are_kept(cache, tmp_path):
+  environment.keep_compiled_programs("auto", tmp_path / "default")
+  assert environment.compiled_programs() == cache  # it was set: by conftest.py
+  environment.keep_compiled_programs(str(tmp_path / "own"), tmp_path / "default")
+  jax.jit(lambda x: x + np.float32(tmp_path.stat().st_ino))(np.float32(1))
+  assert list((tmp_path / "own").iterdir())
+  environment.keep_compiled_programs(None, tmp_path / "default")
+  jax.jit(lambda x: x - np.float32(tmp_path.stat().st_ino))(np.float32(1))
+  environment.keep_compiled_programs("auto", tmp_path / "default")
+  jax.jit(lambda x: x * np.float32(tmp_path.stat().st_ino))(np.float32(1))
+  assert list((tmp_path / "default").iterdir())
+
+
+def test_another_place_is_no_other_run():
+  draft = config_lib.defaults()
+  draft.name, draft.pretrain.steps, draft.data.synthetic, draft.data.seq_len = "x", 2, "tales", 64
+  configs = [
+    config_lib.from_config_dict(draft, {"train.compiled_programs": place}) for place in ("a", None)
+  ]
+  assert not config_lib.differences(*configs)

@@ -7,8 +7,10 @@ NF4's squared error. The scales in bfloat16 are the cheap alternative: they save
   python -m experiments.run --config configs/ablate_double_quantization.py \\
     --workdir runs/ablate_double_quantization
 
-54 trials: about 5 minutes on 2 idle cores (estimated, as in configs/ablate.py).
-The answer found here: not run as a whole yet.
+54 trials, 7.7 s each on 2 cores of a Xeon (eight processes at once, JAX 0.11.2). The answer found
+here, held-out loss over all block sizes: double quantization costs nothing that 3 seeds show
+(−.0012 ± .0015 nats), nor do scales in bfloat16 (−.0071 ± .0060); training comes to 1.20, so
+this base resolves a hundredth. Blocks of 32, 64 and 128 are not told apart either.
 """
 
 from configs import ablate

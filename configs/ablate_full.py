@@ -17,4 +17,5 @@ def get_config():
 
 def sweep():
   """Ten codebooks."""
-  return ablate.of((*ablate.CODEBOOKS, "int4_zero_point", "nf3", "nf2"))
+  codebooks = (*ablate.CODEBOOKS, "int4_zero_point", "nf3", "nf2")
+  return ablate.of(codebooks, ablate.at_their_rates())

@@ -122,8 +122,9 @@ def of_base(
     `quantization`: as given; `bits_per_quantized_weight`, scales and tables counted, and
     `bits_per_parameter` of the whole model; `parameters`, `quantized_parameters`, `bytes`, and
     these by part (`bytes_by_part`); `sequences` before any training;
-    `normal_relative_mse`: of normal weights treated alike; `layers`: see `weight_errors`. The last
-    two are None where nothing is quantized or there is no 16-bit base.
+    `normal_relative_mse`: of normal weights treated alike, without what asks data; `layers`: see
+    `weight_errors`. The last two are None where nothing is quantized, where weights have codebooks
+    of their own (bits_per_weight), or there is no 16-bit base.
   """
   sequences = by_sequence(
     model,
@@ -136,8 +137,9 @@ def of_base(
   leaves = jax.tree.leaves(frozen, is_leaf=is_quantized)
   parameters, size = sum(leaf.size for leaf in leaves), tree_paths.tree_bytes(frozen)
   normal, layers = None, None
-  if quantization is not None and reference is not None:
-    normal, layers = normal_relative_mse(quantization), weight_errors(reference, frozen)
+  formats = () if quantization is None else quantization.choices
+  if len(formats) == 1 and reference is not None:
+    normal, layers = normal_relative_mse(formats[0]), weight_errors(reference, frozen)
   return {
     "quantization": None if quantization is None else dataclasses.asdict(quantization),
     "bits_per_quantized_weight": memory.quantized_bits(frozen),

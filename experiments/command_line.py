@@ -39,6 +39,7 @@ _FLAGS = {
   "index": "of a config with sweep(): run one trial, by its place, as an array job does",
   "ray": "of a config with sweep(): send the trials to the Ray cluster at $RAY_ADDRESS, or here",
   "group_size": "of a config with sweep(): at most so many trials train in one program, or 'auto'",
+  "halving": "of a config with sweep(): one setting in so many goes on at each rung",
   "help": "print this text and stop; after --config, with that file's values",
 }
 
@@ -61,6 +62,7 @@ class Arguments:
     index: of the only trial to run, or None.
     ray: run the trials on a Ray cluster.
     group_size: of trials that train in one program at most; None to choose it.
+    halving: of the settings one in so many goes on at each rung; None: all do.
   """
 
   config: config_lib.ExperimentConfig
@@ -72,6 +74,7 @@ class Arguments:
   index: int | None = None
   ray: bool = False
   group_size: int | None = None
+  halving: int | None = None
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -120,6 +123,7 @@ def _parse(argv: Sequence[str]) -> Arguments:
     index=values["index"],
     ray=values["ray"],
     group_size=_group_size(values["group_size"]),
+    halving=values["halving"],
   )
   _check_sweep(arguments)
   return arguments
@@ -149,7 +153,7 @@ def _trials(
 
 def _check_sweep(arguments: Arguments) -> None:
   if arguments.trials is None:
-    for name in ("list", "index", "ray", "group_size"):
+    for name in ("list", "index", "ray", "group_size", "halving"):
       given = getattr(arguments, name)
       if given is not None and given is not False:  # --index=0 is equal to False
         raise UsageError(f"--{name}: {arguments.config_file} has no sweep(), so it is one trial")
@@ -161,6 +165,8 @@ def _check_sweep(arguments: Arguments) -> None:
   for name, other, both, does in (
     ("index", "ray", index and arguments.ray, "runs all trials"),
     ("index", "list", index and arguments.list, "names all trials"),
+    ("halving", "index", arguments.halving is not None and index, "runs one trial"),
+    ("halving", "ray", arguments.halving is not None and arguments.ray, "compares no trials"),
     ("dry_run", "ray", arguments.dry_run and arguments.ray, "runs all trials"),
   ):
     if both:
@@ -178,6 +184,7 @@ def _split(argv: Sequence[str]) -> dict[str, Any]:
   flags.DEFINE_integer("index", None, _FLAGS["index"], flag_values=values)
   flags.DEFINE_boolean("ray", False, _FLAGS["ray"], flag_values=values)
   flags.DEFINE_string("group_size", None, _FLAGS["group_size"], flag_values=values)
+  flags.DEFINE_integer("halving", None, _FLAGS["halving"], flag_values=values)
   flags.DEFINE_boolean("help", False, _FLAGS["help"], short_name="h", flag_values=values)
   for path, field in config_lib.fields().items():
     flags.DEFINE_string(f"config.{path}", None, field.help, flag_values=values)
@@ -198,8 +205,9 @@ def _split(argv: Sequence[str]) -> dict[str, Any]:
     near = near or [f"config.{name}" for path in config_lib.fields() if path == name]
     meant = f"did you mean --{near[0]}?" if near else "--help lists what there is"
     raise UsageError(f"--{name}: no such flag; {meant}") from None
-  except flags.IllegalFlagValueError as error:  # of a bool or --index: all others are strings
-    needed = "a number" if "--index" in str(error) else "true or false"
+  except flags.IllegalFlagValueError as error:  # of a bool or a number: all others are strings
+    numbers = any(name in str(error) for name in ("--index", "--halving"))
+    needed = "a number" if numbers else "true or false"
     raise UsageError(f"{str(error).partition(': ')[0]}; {needed} is needed") from None
   except flags.Error as error:
     raise UsageError(_line(error)) from None

@@ -132,7 +132,13 @@ def _state(sweep: Sweep) -> Section:
       "each trial's summary.json."
     )
   blocks += sweep.problems
-  bad = [each for each in sweep.trials if each.status in ("failed", "broken", "begun")]
+  if counts["stopped"]:
+    blocks.append(
+      f"{counts['stopped']:,} trials were stopped early by successive halving and are in none of "
+      "the tables and figures below but this one: those that ran to their end were chosen by their "
+      "held-out loss, so what is said of them is said of the best."
+    )
+  bad = [each for each in sweep.trials if each.status in ("failed", "broken", "stopped", "begun")]
   if bad:
     rows = [[Ids([each.id]), each.status, _label(each), each.note] for each in bad]
     headers = ("trial", "status", "overrides", "error, or how far it is")
@@ -239,9 +245,10 @@ def comparison_plot(
 HOW = (
   "Differences are first less second, trial by trial: same seed, same data, same held-out "
   "sequences; below 0 the first is better. Intervals: 95%, percentile bootstrap over seeds and "
-  "sequences; of few seeds they are too narrow, so the verdict rests on p: Student's t with "
-  "(seeds − 1) degrees of freedom, corrected by Holm's method for all comparisons of its table, at "
-  "5%. “No difference seen” is no proof of equality: the interval says what is not ruled out."
+  "sequences; of few seeds they are too narrow, so the verdict rests on p: Student's t, with "
+  "Satterthwaite's degrees of freedom for the seeds and the text together, corrected by Holm's "
+  "method for all comparisons of its table, at 5%. “No difference seen” is no proof of equality: "
+  "the interval says what is not ruled out."
 )
 
 

@@ -8,7 +8,8 @@ given again.
 
 Of a config with `sweep()`, every trial that is not finished runs; `--list` names them, `--index 3`
 runs one, `--ray` sends them to a cluster (see experiments/sweep.py), `--group_size=8` trains up to
-eight that share a base in one program.
+eight that share a base in one program; `--halving=4` stops the worse settings early, three in four
+at each rung (experiments/halving.py).
 """
 
 import shlex
@@ -59,7 +60,7 @@ def _run(arguments: command_line.Arguments, argv: Sequence[str]) -> int:
   if arguments.dry_run:
     # A dry run must not take the accelerator from whoever is using it.
     jax.config.update("jax_platforms", "cpu")
-  from experiments import sweep, trial
+  from experiments import planned, sweep, trial
   from qlora_jax.train import Interrupted, NonFiniteLossError
 
   workdir = Path(arguments.workdir or f"runs/{config.name}")
@@ -75,7 +76,9 @@ def _run(arguments: command_line.Arguments, argv: Sequence[str]) -> int:
       if arguments.ray:
         outcome = sweep.run_on_ray(config.name, trials, workdir, arguments.group_size)
       else:
-        outcome = sweep.run(config.name, trials, workdir, index, arguments.group_size)
+        outcome = sweep.run(
+          config.name, trials, workdir, index, arguments.group_size, arguments.halving
+        )
       print(f"{outcome}\nWritten to {workdir}")
       return 1 if outcome.failed or (index is not None and outcome.elsewhere) else 0
     summary = trial.run(config, workdir)
@@ -86,6 +89,12 @@ def _run(arguments: command_line.Arguments, argv: Sequence[str]) -> int:
   except NonFiniteLossError as error:
     print(
       f"{error}. What was saved before stays in {workdir}; another config wants another --workdir",
+      file=sys.stderr,
+    )
+    return 1
+  except planned.OutOfMemoryError as error:
+    print(
+      f"{error}\nWhat was saved stays in {workdir}; another config wants another --workdir",
       file=sys.stderr,
     )
     return 1

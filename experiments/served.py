@@ -62,7 +62,10 @@ def table() -> str:
   for codebook in codebooks.names():
     answers = tuple(answer(codebook, *column[1:]) for column in _COLUMNS)
     groups[answers].append(f"`{codebook}`")
-  lines = [f"| codebook | {' | '.join(title for title, *_ in _COLUMNS)} |", "| --- " * (len(_COLUMNS) + 1) + "|"]
+  lines = [
+    f"| codebook | {' | '.join(title for title, *_ in _COLUMNS)} |",
+    "| --- " * (len(_COLUMNS) + 1) + "|",
+  ]
   for answers, names in groups.items():
     lines.append(f"| {', '.join(names)} | {' | '.join(answers)} |")
   return "\n".join(lines)

@@ -31,8 +31,10 @@ class Ratio:
     error: standard error, of seeds and sequences together; of the sequences alone for one seed;
       nan for one seed and one sequence.
     seeds: S, the number of rows.
-    p: two-sided, of the value being 0, by Student's t with S − 1 degrees of freedom; None for one
-      seed. Few degrees of freedom rather than many: the seeds are fewer than the sequences.
+    p: two-sided, of the value being 0, by Student's t; None for one seed. Its degrees of freedom
+      are those of a sum of two variances: S − 1 where the seeds are what varies, up to S + n − 2
+      where the text is as well. (S − 1 throughout finds nothing where the text varies most: of null
+      differences it calls fewer than 1 in 1,000 different at a level of 5%; these call 1 to 6%.)
   """
 
   value: float
@@ -50,23 +52,24 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Ratio:
 
   References:
     Cochran, Sampling Techniques, 1977, section 6.4, on the variance of a ratio.
+    Satterthwaite, An approximate distribution of estimates of variance components, 1946.
   """
   numerator, denominator = np.broadcast_arrays(numerator, denominator)
   total = denominator.sum()
   value = float(numerator.sum() / total)
   residual = (numerator - value * denominator) / total  # sums to 0
-  variances = [
-    each.size / (each.size - 1) * float(np.square(each).sum())
-    for each in (residual.sum(0), residual.sum(1))
-    if each.size > 1
-  ]
+  parts = [each for each in (residual.sum(0), residual.sum(1)) if each.size > 1]
+  variances = [each.size / (each.size - 1) * float(np.square(each).sum()) for each in parts]
   error = math.sqrt(sum(variances)) if variances else math.nan
   seeds = len(numerator)
   p = None
   if seeds > 1:
     # Two equal trials (no adapter saw the difference, say) are no evidence of one.
     t = value / error if error else math.copysign(math.inf, value) if value else 0.0
-    p = t_two_sided(t, seeds - 1)
+    spread = sum(v**2 / (each.size - 1) for v, each in zip(variances, parts, strict=True))
+    degrees = sum(variances) ** 2 / spread if spread else seeds - 1
+    # Rounded down, to the safe side; but not by what float arithmetic adds to a whole number.
+    p = t_two_sided(t, max(1, math.floor(degrees + 1e-6)))
   return Ratio(value, error, seeds, p)
 
 

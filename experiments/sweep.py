@@ -6,6 +6,7 @@ A sweep's directory holds
   trials/ID/            a run directory (see experiments/trial.py), and of each trial
     log.txt             what it printed
     error.json          why it failed, where it did
+    stopped.json        why it was stopped early, where it was (experiments/halving.py)
   bases/ID.json         what experiments/analysis.py measures of a base, once for its trials
   locks/                who is at work
 
@@ -31,7 +32,7 @@ from typing import Any
 import filelock
 import tqdm
 
-from experiments import analysis, trial, trial_group
+from experiments import analysis, halving, trial, trial_group
 from qlora_jax import config as config_lib
 from qlora_jax import data, sweeps
 from qlora_jax.config import ConfigError, ExperimentConfig
@@ -39,7 +40,7 @@ from qlora_jax.hf import checkpoint as hf_checkpoint
 from qlora_jax.hf.files import read_json
 from qlora_jax.models.transformer import Transformer
 from qlora_jax.sweeps import Trial
-from qlora_jax.train import Interrupted, SignalGuard, TrainState
+from qlora_jax.train import Interrupted, Paused, SignalGuard, TrainState
 
 # Of a Ray worker that died (a machine was taken away). A trial that raised would raise again.
 RAY_RETRIES = 3
@@ -100,6 +101,13 @@ class Directory:
     """Whether a trial is done, or has failed since `failed_before` was taken."""
     failed = self._failed_at(one.id)
     return self.done(one) or (failed is not None and failed != failed_before.get(one.id))
+
+  def stands_at(self, one: Trial, until: int | None, keep: int | None) -> bool:
+    """Whether a trial has no more to do up to step `until`: it is there, or was stopped."""
+    path = self.trial(one.id)
+    if keep is not None and halving.stopped_at(path):
+      return True
+    return until is not None and trial.saved_step(path) >= until
 
   def failures(self, trials: Sequence[Trial]) -> dict[str, int]:
     """Id → when it failed, for each trial that did, in nanoseconds since 1970."""
@@ -169,7 +177,11 @@ def listing(name: str, trials: Sequence[Trial], workdir: Path) -> str:
     lines += ["", f"{_base(group[0].config)}: {len(group)} trials share the base"]
     for each in group:
       state = "finished" if each.id in finished else "failed" if each.id in failed else ""
-      lines.append(f"{each.index:5}  {each.id}  {state:8}  {each.label}")
+      stopped = halving.stopped(directory.trial(each.id))
+      told = (
+        each.label if state or stopped is None else f"{each.label}; {halving.described(stopped)}"
+      )
+      lines.append(f"{each.index:5}  {each.id}  {state:8}  {told}")
   return "\n".join(lines)
 
 
@@ -186,17 +198,22 @@ class Outcome:
     finished: how many trials have their summary.
     failed: each trial that failed, and its error in one line.
     elsewhere: trials that another process is at work on.
+    stopped: trials that halving stopped early, and where.
   """
 
   finished: int
   failed: list[tuple[Trial, str]]
   elsewhere: list[Trial]
+  stopped: list[tuple[Trial, str]] = dataclasses.field(default_factory=list)
 
   def __str__(self) -> str:
     lines = [
       f"{self.finished} finished, {len(self.failed)} failed, "
       f"{len(self.elsewhere)} with other processes"
     ]
+    if self.stopped:
+      lines.append(f"{len(self.stopped)} stopped early by successive halving, and not finished:")
+      lines += [f"  trial {each.index} ({each.label}): {why}" for each, why in self.stopped]
     for each, error in self.failed:
       lines.append(f"  trial {each.index} ({each.id}: {each.label}): {error}")
     if self.failed:
@@ -233,6 +250,7 @@ def run(
   workdir: Path,
   index: int | None = None,
   group_size: int | None = None,
+  keep: int | None = None,
 ) -> Outcome:
   """Runs the trials that are not finished, or one of them.
 
@@ -242,29 +260,42 @@ def run(
     workdir: the sweep's directory.
     index: of the only trial to run, for array jobs.
     group_size: at most so many trials train in one program; None for `trial_group.default_size`.
+    keep: successive halving: one setting in so many goes on at each rung (experiments/halving.py);
+      None: all run to their end, those too that were stopped before.
 
   Raises:
     RunDirectoryError: see `prepare`.
+    ConfigError: see `halving.check`.
     train.Interrupted: a signal came; the trial that was running has saved.
   """
+  rungs = [] if keep is None else halving.check(trials, keep)
   directory = prepare(name, trials, workdir)
   chosen = list(trials) if index is None else [trials[index]]
   before = directory.failures(chosen)
   shared, progress = trial.Shared(), _Progress(name, directory, chosen)
   size = trial_group.default_size() if group_size is None else group_size
-  waiting = chosen
-  # Twice: what another process was at work on may have been dropped by it meanwhile.
-  for _ in range(2):
-    busy: list[Trial] = []
-    for group in groups(directory, waiting, size):
-      with contextlib.ExitStack() as locks:
-        ours = [each for each in group if locks.enter_context(_ours(directory, each, before))]
-        busy += [each for each in group if each not in ours and not directory.settled(each, before)]
-        if ours:
-          progress.starts(ours, len(busy))
-          run_group(directory, ours, shared, size)
-          progress.ended(ours)
-    waiting = busy
+  waiting: list[Trial] = []
+  for until in (*rungs, None):
+    waiting = [each for each in chosen if not directory.stands_at(each, until, keep)]
+    # Twice: what another process was at work on may have been dropped by it meanwhile.
+    for _ in range(2):
+      busy: list[Trial] = []
+      for group in groups(directory, waiting, size):
+        with contextlib.ExitStack() as locks:
+          ours = [each for each in group if locks.enter_context(_ours(directory, each, before))]
+          busy += [
+            each for each in group if each not in ours and not directory.settled(each, before)
+          ]
+          if ours:
+            progress.starts(ours, sum(not directory.settled(each, before) for each in busy))
+            run_group(directory, ours, shared, size, until)
+            progress.ended(ours)
+      waiting = [each for each in busy if not directory.stands_at(each, until, keep)]
+    if until is not None and keep is not None:
+      if waiting:  # whoever is last decides
+        break
+      stopped = halving.decide(chosen, directory.trial, until, keep)
+      print(f"{name}: step {until}: {len(stopped)} trials stopped early", flush=True)
   return outcome(directory, chosen, waiting)
 
 
@@ -277,7 +308,13 @@ def outcome(directory: Directory, trials: Sequence[Trial], elsewhere: list[Trial
     for each in trials
     if each.id not in skipped and directory.error(each.id).exists()
   ]
-  return Outcome(len(finished), failed, elsewhere)
+  settled = skipped | {each.id for each, _ in failed}
+  stopped = [
+    (each, halving.described(found))
+    for each in trials
+    if each.id not in settled and (found := halving.stopped(directory.trial(each.id))) is not None
+  ]
+  return Outcome(len(finished), failed, elsewhere, stopped)
 
 
 @contextlib.contextmanager
@@ -296,27 +333,39 @@ def _ours(directory: Directory, one: Trial, failed_before: dict[str, int]) -> It
     yield not directory.settled(one, failed_before)
 
 
-def run_trial(directory: Directory, one: Trial, shared: trial.Shared) -> None:
-  """Runs a trial, of which the caller has the lock; an error goes to its error.json."""
+def run_trial(
+  directory: Directory, one: Trial, shared: trial.Shared, until: int | None = None
+) -> None:
+  """Runs a trial, of which the caller has the lock; an error goes to its error.json.
+
+  With `until` it pauses at that step, saved.
+  """
   path = directory.trial(one.id)
   error = directory.error(one.id)
   error.unlink(missing_ok=True)
+  (path / halving.FILE).unlink(missing_ok=True)
   try:
     trial.prepare_directory(path, one.config)
     with _log(path / "log.txt"):
-      trial.run(one.config, path, shared, _measure(directory, shared))
+      trial.run(one.config, path, shared, _measure(directory, shared), until)
   except Interrupted:
     raise
+  except Paused:
+    pass
   except Exception as reason:
     trial.write_json(error, _described(reason))
 
 
 def run_group(
-  directory: Directory, trials: Sequence[Trial], shared: trial.Shared, size: int
+  directory: Directory,
+  trials: Sequence[Trial],
+  shared: trial.Shared,
+  size: int,
+  until: int | None = None,
 ) -> None:
   """`run_trial` of several trials, which train together where they can: see `trial_group`."""
   if len(trials) == 1:
-    run_trial(directory, trials[0], shared)
+    run_trial(directory, trials[0], shared, until)
     return
   guard, measure = SignalGuard(), _measure(directory, shared)
   with contextlib.ExitStack() as logs:
@@ -324,6 +373,7 @@ def run_group(
     for one in trials:
       directory.error(one.id).unlink(missing_ok=True)
       path = directory.trial(one.id)
+      (path / halving.FILE).unlink(missing_ok=True)
       try:
         # Before its log is there: a directory with files and no config is refused.
         trial.prepare_directory(path, one.config)
@@ -331,10 +381,10 @@ def run_group(
         trial.write_json(directory.error(one.id), _described(reason))
         continue
       log = logs.enter_context(open(path / "log.txt", "a", encoding="utf-8"))
-      started.append((one, (trial.steps(one.config, path, shared, measure, guard), log)))
+      started.append((one, (trial.steps(one.config, path, shared, measure, guard, until), log)))
     results = trial_group.run([each for _, each in started], size, shared, guard)
   for (one, _), result in zip(started, results, strict=True):
-    if isinstance(result, Exception):
+    if isinstance(result, Exception) and not isinstance(result, Paused):
       trial.write_json(directory.error(one.id), _described(result))
 
 
@@ -372,7 +422,9 @@ def _measure(directory: Directory, shared: trial.Shared) -> trial.Measure:
     base = sweeps.base_identity(config)
     with directory.lock(f"base-{base}"):
       if not directory.base(base).exists():
-        _, plain = trial.load_base(config, path, config.base_quantization, shared)
+        plain = frozen
+        if config.lora.changes_base:
+          _, plain = trial.load_base(config, path, config.base_quantization, shared)
         found = analysis.of_base(
           model, plain, reference, config.base_quantization, held_out, **sizes
         )
@@ -433,6 +485,8 @@ class _Progress:
       return f"held-out loss {stage['loss_before']:.4f}, after {stage['loss_after']:.4f}"
     if self._directory.error(one.id).exists():
       return read_json(self._directory.error(one.id))["error"]
+    if step := trial.saved_step(self._directory.trial(one.id)):
+      return f"at step {step}"
     return "with another process"
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import statistics
+from experiments import halving, statistics
 from experiments.sweep import Directory
 from qlora_jax import config as config_lib
 from qlora_jax import metrics
@@ -75,7 +75,8 @@ class Trial:
   """A trial as it is on the disk.
 
   Attributes:
-    status: finished, failed, broken (what it wrote cannot be read), begun, waiting.
+    status: finished, failed, broken (what it wrote cannot be read), stopped (early, by halving),
+      begun, waiting.
     note: the error, or how far it is.
     config: field → value, `name` left out and, of a 16-bit base, all of `quantization`; empty
       where it was not read.
@@ -295,6 +296,8 @@ def _read_trial(directory: Directory, trial: Trial, pool: dict[bytes, np.ndarray
     elif directory.error(trial.id).exists():
       trial.status = "failed"
       trial.note = str(read_json(directory.error(trial.id))["error"])
+    elif (found := halving.stopped(path)) is not None:
+      trial.status, trial.note = "stopped", halving.described(found)
     elif (path / "config.json").exists():
       trial.status = "begun"
       written = (path / metrics.METRICS_FILE).exists()

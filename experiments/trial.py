@@ -9,6 +9,7 @@ A run directory holds
   lora_16bit/       the same of 16-bit LoRA, where `train.compare_16bit`
   initialized/      base and adapters at step 0, where `lora.init` takes these out of the base;
                     of EVA the adapters alone
+  quantized/        the base, where `quantization` asks data: importance, gptq, bits_per_weight
   summary.json      the closing table as numbers, device, versions, seed, git state
 
 Where `model.quantize` is False the run is one of 16-bit LoRA, in the same places.
@@ -26,7 +27,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from experiments.base import architecture, trained_base
+from experiments import planned
+from experiments.base import cache_directory, trained_base
 from qlora_jax import (
   calibration,
   codebooks,
@@ -37,22 +39,24 @@ from qlora_jax import (
   lora_init,
   matmul,
   memory,
+  metrics,
   optimizers,
   synthetic,
   tree_paths,
 )
 from qlora_jax import config as config_lib
 from qlora_jax.checkpoints import Checkpoints
-from qlora_jax.config import ExperimentConfig
+from qlora_jax.config import BaseQuantization, ExperimentConfig
 from qlora_jax.evaluate import held_out_loss
 from qlora_jax.fingerprint import fingerprint
 from qlora_jax.hf import checkpoint as hf_checkpoint
+from qlora_jax.hf import packed
 from qlora_jax.hf.files import new_directory, read_json
 from qlora_jax.metrics import METRICS_FILE, MetricsWriter, write_whole
 from qlora_jax.models.attention import most_segments
 from qlora_jax.models.remat import RematPolicy
 from qlora_jax.models.transformer import Transformer, attention_name
-from qlora_jax.quantization import QuantizationConfig, details
+from qlora_jax.quantization import details
 from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import (
   Batch,
@@ -72,6 +76,7 @@ Measure = Callable[[ExperimentConfig, Transformer, Any, TrainState, data.Dataset
 
 
 _INITIALIZED, _PARAMS = "initialized", "params.npz"
+_QUANTIZED = "quantized"
 
 
 class RunDirectoryError(ValueError):
@@ -110,22 +115,15 @@ class Rows:
   held_out: data.Dataset
 
 
-class _Batches:
-  """`data.Batches` without what a plain causal model does not need."""
-
-  def __init__(self, rows: data.Dataset, config: ExperimentConfig):
-    train = config.train
-    self._batches = data.Batches(
-      rows, train.batch_size, train.accumulate_steps, seed=config.data.seed
-    )
-    self._packed = config.data.packing
-
-  def batch(self, step: int, /) -> dict[str, np.ndarray]:
-    batch = self._batches.batch(step)
-    if not self._packed:
-      # One document a row: attention needs no mask of segments.
-      del batch["segment_ids"], batch["positions"]
-    return batch
+def _batches(config: ExperimentConfig, rows: data.Dataset) -> data.Batches:
+  train = config.train
+  return data.Batches(
+    rows,
+    train.batch_size,
+    train.accumulate_steps,
+    seed=config.data.seed,
+    segments=config.data.packing,
+  )
 
 
 def prepare_directory(workdir: Path, config: ExperimentConfig) -> None:
@@ -143,7 +141,8 @@ def prepare_directory(workdir: Path, config: ExperimentConfig) -> None:
       differences = config_lib.differences(before, config)
       # One that failed before its first step (a path mistyped, say) has nothing to protect.
       if differences and not (workdir / METRICS_FILE).exists():
-        shutil.rmtree(workdir / _INITIALIZED, ignore_errors=True)
+        for kept in (_INITIALIZED, _QUANTIZED):
+          shutil.rmtree(workdir / kept, ignore_errors=True)
         write_json(path, config_lib.to_json_dict(config))
       elif differences:
         raise RunDirectoryError(
@@ -243,7 +242,10 @@ def load_rows(config: ExperimentConfig, base: Path, vocab_size: int) -> Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What one training gave: losses, sizes in bytes, what computed it, what `measure` found."""
+  """What one training gave: losses, sizes in bytes, what computed it, what `measure` found.
+
+  `trials_together`: [step, trials] of each group that it was in, from that step on; none: alone.
+  """
 
   loss_before: float
   loss_after: float
@@ -254,6 +256,7 @@ class Stage:
   trained_parameters: int
   seconds_this_process: float
   implementations: dict[str, Any]
+  trials_together: list[list[int]]
   measured: dict[str, Any] | None
 
 
@@ -268,6 +271,7 @@ class Training:
     optimizer: of `config`.
     state: before the next step.
     loop: what is left of it: see `train.fit_loop`.
+    writer: of its metrics.
   """
 
   config: ExperimentConfig
@@ -276,6 +280,7 @@ class Training:
   optimizer: Any
   state: TrainState
   loop: Generator[Batch, Done, None]
+  writer: MetricsWriter
 
 
 # A trial, or a part of it: yields each training and is sent the state that it ends with.
@@ -288,16 +293,18 @@ def run_stage(
   rows: Rows,
   directory: Path,
   *,
-  quantization: QuantizationConfig | None,
+  quantization: BaseQuantization | None,
   description: str,
   shared: Shared,
   measure: Measure | None = None,
   guard: SignalGuard | None = None,
+  until: int | None = None,
 ) -> Steps[Stage]:
   """Loads the base, has adapters trained on it from the last checkpoint on, evaluates, saves them.
 
   Args:
     guard: of a group, whose trials stop together; None for one of its own.
+    until: the step at which it pauses; None for none.
   """
   started = time.monotonic()
   directory.mkdir(parents=True, exist_ok=True)
@@ -305,7 +312,7 @@ def run_stage(
   # A step takes over the memory of the params.
   initial = jax.tree.map(np.array, state.params) if config.lora.changes_base else None
   train = config.train
-  batches = _Batches(rows.train, config)
+  batches = _batches(config, rows.train)
   if config.model.remat == "auto":
     arguments = (state, frozen, batches.batch(0))
     model = model.clone(
@@ -372,9 +379,10 @@ def run_stage(
         checkpoints=checkpoints,
         writer=writer,
         description=description,
+        until=until,
       )
       with contextlib.closing(loop):
-        state = yield Training(config, model, frozen, optimizer, state, loop)
+        state = yield Training(config, model, frozen, optimizer, state, loop, writer)
   adapter = directory / "adapter"
   if not adapter.exists():
     save_adapter(adapter, config, base, model, frozen, state, initial)
@@ -389,6 +397,11 @@ def run_stage(
     trained_parameters=lora.count(state.params, state.constants),
     seconds_this_process=time.monotonic() - started,
     implementations=_implementations(config, model, frozen),
+    trials_together=[
+      [line["step"], line["trials_together"]]
+      for line in metrics.read(directory)
+      if "trials_together" in line
+    ],
     measured=(None if measure is None else measure(config, model, frozen, state, rows.held_out)),
   )
 
@@ -396,7 +409,8 @@ def run_stage(
 def train_alone(training: Training, shared: Shared) -> TrainState:
   """Takes the steps of a training; returns its last state."""
   step = _train_step(training.config, training.model, training.optimizer, shared)
-  return drive(training.state, step, training.frozen, training.loop)
+  with planned.out_of_memory_explained(training.config, training.model):
+    return drive(training.state, step, training.frozen, training.loop)
 
 
 def _train_step(
@@ -431,7 +445,8 @@ def _fastest_remat(
 
   def find() -> RematPolicy:
     available = memory.available_bytes(arguments)
-    policy, needed = memory.fastest_remat(make_step, arguments, available)
+    expected = planned.peaks(config, model.config)
+    policy, needed = memory.fastest_remat(make_step, arguments, available, expected)
     tried = ", ".join(f"{each} {_size(size)}" for each, size in needed.items())
     print(f"remat: {policy}, of {tried}, in {_size(available)}")
     return policy
@@ -483,7 +498,7 @@ def _implementations(config: ExperimentConfig, model: Transformer, frozen: Any) 
 def _start(
   config: ExperimentConfig,
   base: Path,
-  quantization: QuantizationConfig | None,
+  quantization: BaseQuantization | None,
   directory: Path,
   shared: Shared,
   rows: Rows | None = None,
@@ -494,20 +509,87 @@ def _start(
     model, frozen, params, constants = _initialized(
       config, base, quantization, directory, shared, rows
     )
-  elif config.lora.init == "eva":
-    model, frozen = load_base(config, base, quantization, shared)
-    params, constants = _eva(config, model, frozen, directory, rows)
   else:
-    model, frozen = load_base(config, base, quantization, shared)
-    params, constants = lora.init(jax.random.key(config.seed), frozen, config.lora)
+    if quantization is not None and quantization.calibrated:
+      model, frozen = _calibrated_base(config, base, quantization, directory, shared, rows)
+    else:
+      model, frozen = load_base(config, base, quantization, shared)
+    if config.lora.init == "eva":
+      params, constants = _eva(config, model, frozen, directory, rows)
+    else:
+      params, constants = lora.init(jax.random.key(config.seed), frozen, config.lora)
   state = init_state(params, constants, optimizer, seed=config.seed, dtype=model.dtype)
   return model, frozen, optimizer, state
+
+
+def _calibrated_base(
+  config: ExperimentConfig,
+  base: Path,
+  quantization: BaseQuantization,
+  directory: Path,
+  shared: Shared,
+  rows: Rows | None,
+) -> tuple[Transformer, Any]:
+  """The model and the base that is quantized by what data says; kept, as that of `_initialized`."""
+  kept = directory / _QUANTIZED
+
+  def make() -> tuple[Transformer, Any]:
+    if kept.exists():
+      return read()
+    if not hf_checkpoint.is_dense(hf_checkpoint.model_directory(base)):
+      raise ValueError(
+        f"{base}: packed; quantization.importance, gptq and bits_per_weight start from the dense "
+        "weights: give the checkpoint that it was made from"
+      )
+    assert rows is not None, "a run with a checkpoint has kept its base"
+    # A sequence at a time, whatever a step of the training takes.
+    count = quantization.calibration_sequences
+    if count > len(rows.train.tokens):
+      raise ValueError(
+        f"quantization.calibration_sequences: {count}; the data has {len(rows.train.tokens)}"
+      )
+    batches = data.Batches(
+      rows.train, 1, count, seed=config.data.seed, segments=config.data.packing
+    )
+    model, dense = hf.load(base, dtype=config.model.dtype)
+    frozen = calibration.quantize_base(
+      model,
+      dense,
+      quantization,
+      tuple(hf_checkpoint.default_rules(quantization)),
+      [batches.batch(0)],
+      config.train.loss_chunk,
+      config.model.storage_dtype,
+    )
+    return model, frozen
+
+  def read() -> tuple[Transformer, Any]:
+    model, frozen = hf.load(kept, dtype=config.model.dtype)
+    # As it is where it was made: what is compiled for one serves the other.
+    own = dataclasses.replace(model.config, hf_directory=str(hf_checkpoint.model_directory(base)))
+    return model.clone(config=own), frozen
+
+  cfg = config.model
+  recipe = (base, quantization, config.data, cfg.dtype, cfg.storage_dtype)
+  model, frozen = shared.once("base", recipe, make, keep=shared.bases)
+  if not kept.exists():
+    check_disk(
+      directory,
+      tree_paths.tree_bytes(frozen),
+      "the base that quantization's calibration makes is kept, and needs",
+      "give another --workdir",
+    )
+    hf.save_base(kept, model, frozen)
+  elif packed.read_manifest(kept)["fingerprint"] != fingerprint(frozen):
+    # Another process made it, and not to the same last bits.
+    model, frozen = read()
+  return as_configured(config, model), frozen
 
 
 def _initialized(
   config: ExperimentConfig,
   base: Path,
-  quantization: QuantizationConfig | None,
+  quantization: BaseQuantization | None,
   directory: Path,
   shared: Shared,
   rows: Rows | None,
@@ -584,7 +666,7 @@ def _calibration_batches(
   config: ExperimentConfig, rows: Rows | None
 ) -> list[dict[str, np.ndarray]]:
   assert rows is not None, "a run with a checkpoint has kept what it started from"
-  batches = _Batches(rows.train, config)
+  batches = _batches(config, rows.train)
   return [batches.batch(step) for step in range(config.lora.calibration_batches)]
 
 
@@ -671,7 +753,7 @@ def export_adapter(workdir: Path, path: Path) -> int:
   return int(state.step)
 
 
-def storage(quantization: QuantizationConfig | None) -> str:
+def storage(quantization: BaseQuantization | None) -> str:
   """How a base is stored, in words."""
   if quantization is None:
     return "16 bits"
@@ -685,14 +767,19 @@ def base_directory(config: ExperimentConfig) -> Path:
 
 
 def load_base(
-  config: ExperimentConfig, base: Path, quantization: QuantizationConfig | None, shared: Shared
+  config: ExperimentConfig, base: Path, quantization: BaseQuantization | None, shared: Shared
 ) -> tuple[Transformer, Any]:
   """The model and its frozen tree, quantized or, with None, as stored."""
+  cfg = config.model
+  table_bits = None if quantization is None else config.table_bits
   model, frozen = shared.once(
     "base",
-    (base, quantization, config.model.dtype, config.model.storage_dtype),
+    (base, quantization, table_bits, cfg.dtype, cfg.storage_dtype),
     lambda: hf.load(
-      base, quantization, dtype=config.model.dtype, storage_dtype=config.model.storage_dtype
+      base,
+      planned.rules(config, quantization, hf_checkpoint.read_config(base)),
+      dtype=cfg.dtype,
+      storage_dtype=cfg.storage_dtype,
     ),
     keep=shared.bases,
   )
@@ -712,6 +799,7 @@ def run(
   workdir: Path,
   shared: Shared | None = None,
   measure: Measure | None = None,
+  until: int | None = None,
 ) -> dict[str, Any]:
   """Runs a trial, or what is left of it, and returns its summary.
 
@@ -720,13 +808,15 @@ def run(
     workdir: its run directory.
     shared: given by a sweep, whose trials use it in turn.
     measure: of each trained model; what it returns stands in the summary under "measured".
+    until: the step at which it pauses; None for none.
 
   Raises:
     RunDirectoryError, ValueError, OSError: see `prepare_directory`, `hf.load`, `data`.
+    train.Paused: it is at `until`.
     train.Interrupted, train.NonFiniteLossError: the run can go on from its last checkpoint.
   """
   shared = Shared(bases=1) if shared is None else shared
-  with contextlib.closing(steps(config, workdir, shared, measure)) as trial:
+  with contextlib.closing(steps(config, workdir, shared, measure, until=until)) as trial:
     try:
       training = next(trial)
       while True:
@@ -741,11 +831,12 @@ def steps(
   shared: Shared,
   measure: Measure | None = None,
   guard: SignalGuard | None = None,
+  until: int | None = None,
 ) -> Steps[dict[str, Any]]:
   """`run`, with its trainings left to the caller: yields each, and is sent the state it ends with.
 
   Args:
-    config, workdir, shared, measure: see `run`.
+    config, workdir, shared, measure, until: see `run`.
     guard: of several trials that stop together; None for one of each training's own.
   """
   prepare_directory(workdir, config)
@@ -753,6 +844,9 @@ def steps(
   if path.exists():
     print(f"{workdir}: this run is finished; its table again")
     return read_json(path)
+  environment.keep_compiled_programs(
+    config.train.compiled_programs, cache_directory() / "compiled_programs"
+  )
   base = base_directory(config)
   rows = shared.once(
     "rows",
@@ -770,7 +864,7 @@ def steps(
 
   def stage(
     directory: Path,
-    quantization: QuantizationConfig | None,
+    quantization: BaseQuantization | None,
     description: str,
     config: ExperimentConfig = config,
   ) -> Steps[dict[str, Any]]:
@@ -784,6 +878,7 @@ def steps(
       shared=shared,
       measure=measure,
       guard=guard,
+      until=until,
     )
     return dataclasses.asdict(found)
 
@@ -835,10 +930,12 @@ def closing_table(config: ExperimentConfig, summary: dict[str, Any], workdir: Pa
     row(f"{bits}-bit base", full, full["loss_before"], False)
   if qlora:
     quantization = config.quantization
-    code_bits = codebooks.get(quantization.codebook, quantization.block_size).bits
+    code_bits = quantization.bits_per_weight
+    if code_bits is None:
+      code_bits = codebooks.get(quantization.codebook, quantization.block_size).bits
     small = f"{quantization.codebook}, block {quantization.block_size}"
     start = f", {config.lora.init} adapters" if config.lora.changes_base else ""
-    row(f"{code_bits}-bit base ({small}){start}", qlora, qlora["loss_before"], False)
+    row(f"{code_bits:g}-bit base ({small}){start}", qlora, qlora["loss_before"], False)
     row(f"after QLoRA, rank {config.lora.rank}", qlora, qlora["loss_after"], True)
   if full:
     same = ", same data" if qlora else f", rank {config.lora.rank}"
@@ -874,21 +971,16 @@ def _size(count: int) -> str:
 
 def dry_run(config: ExperimentConfig) -> str:
   """The resolved config, each weight's treatment, and bytes by part; nothing is loaded."""
-  if config.model.path:
-    shape = hf_checkpoint.read_config(Path(config.model.path))
-  else:
-    shape = architecture(config.pretrain)
-  model = as_configured(config, Transformer(shape, dtype=np.dtype(config.model.dtype)))
+  model = as_configured(
+    config, Transformer(planned.shape_of(config), dtype=np.dtype(config.model.dtype))
+  )
   if model.attention == "cudnn":
     # Of a GPU, and counted on a CPU.
     model = model.clone(attention="blockwise")
-  frozen = hf_checkpoint.abstract_base(
-    model, hf_checkpoint.default_rules(config.base_quantization), config.model.storage_dtype
-  )
   train = config.train
   counted = memory.footprint(
     model,
-    frozen,
+    planned.abstract_base(config, model),
     # Shapes are those of plain LoRA, whatever the values start as.
     dataclasses.replace(config.lora, init="lora"),
     optimizers.make(config.optimizer, train.steps),
@@ -908,4 +1000,11 @@ def dry_run(config: ExperimentConfig) -> str:
   lines.append("  (activations: temporaries of the train step, compiled for the CPU)")
   if config.model.remat == "auto":
     lines.append("  (remat auto: counted as full; a run keeps more where it fits)")
+  quantization = config.base_quantization
+  if quantization is not None and quantization.bits_per_weight is not None:
+    lines.append(
+      f"  (bits_per_weight {quantization.bits_per_weight:g}: counted as "
+      f"{planned.widest(quantization).codebook} "
+      "throughout; which weight gets which is seen in the data)"
+    )
   return "\n".join(lines)

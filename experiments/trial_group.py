@@ -9,8 +9,10 @@ computes the same but for the order of float additions; to the last bit it does 
 of the same size and the same padded ranks.
 
 A trial that fails, or whose loss is not finite, leaves the group, and so does one that is ahead
-of the others because it was stopped later. What it would compute goes on beside the others, who do
-not notice, and is not looked at: a program of another size would be another one to compile.
+of the others because it was stopped later. Its place in the program stays, masked, and the others
+do not notice: a program of another size would be another one to compile, and would round otherwise.
+Groups are made anew only from checkpoints (a later rung of halving, or the command given again);
+a trial's summary says in which ones it was (`trials_together`).
 """
 
 import contextlib
@@ -202,7 +204,9 @@ def _fits(members: Sequence[_Member], shared: Shared) -> bool:
   if first.config.data.packing:
     batch |= {"segment_ids": ids, "positions": ids}
   rates = jax.ShapeDtypeStruct((count, train.steps), jnp.float32)
-  compiled = _step(first, shared).lower(states, rates, first.frozen, batch).compile()  # pyright: ignore
+  learning = jax.ShapeDtypeStruct((count,), jnp.bool_)
+  arguments = (states, rates, learning, first.frozen, batch)
+  compiled = _step(first, shared).lower(*arguments).compile()  # pyright: ignore
   needed = memory.step_bytes(compiled)
   available = memory.available_bytes(first.frozen)
   print(f"{count} trials together: {needed / 1e9:.2f} GB, of {available / 1e9:.2f} GB")
@@ -240,14 +244,16 @@ def _train_together(members: Sequence[_Member], shared: Shared) -> list[tuple[_M
     learning.discard(i)
 
   for i, training in enumerate(trainings):
+    training.writer.write(int(training.state.step), {"trials_together": len(members)})
     advance(i, functools.partial(next, training.loop))
   while learning:
-    # One that has left computes on with what another one learns from.
+    # One that has left is given what another one learns from.
     some = batches[min(learning)]
     together = trial_groups.stack_batches(
       [batches[i] if i in learning else some for i in range(len(members))]
     )
-    states, metrics = step(states, rates, first.frozen, together)
+    mask = jnp.asarray([i in learning for i in range(len(members))])
+    states, metrics = step(states, rates, mask, first.frozen, together)
     # Read once for all trials, when the first one asks.
     read = functools.cache(functools.partial(jax.device_get, metrics))
     for i in sorted(learning):

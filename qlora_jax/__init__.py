@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from qlora_jax import codebooks as codebooks
+from qlora_jax import deprecations as _deprecations
 from qlora_jax import lora as lora
 from qlora_jax.codebooks import Codebook as Codebook
 from qlora_jax.importing import Adapted as Adapted
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # What other codebases may rely on, here and in the modules that it names; a test compares. All else
-# may change with any version. A name leaves the list after one version in which it warned.
+# may change with any version. A name that leaves the list works, and warns, for one version more
+# (see `deprecations`).
 SURFACE: dict[str, tuple[str, ...]] = {
   "qlora_jax": (
     "Adapted",
@@ -87,4 +89,4 @@ _LAZY = ("hf", "linen", "nnx")
 def __getattr__(name: str):
   if name in _LAZY:
     return importlib.import_module(f"qlora_jax.{name}")
-  raise AttributeError(f"module 'qlora_jax' has no attribute {name!r}")
+  return _deprecations.handed_on("qlora_jax", name)

@@ -35,11 +35,15 @@ from typing import Any, Literal
 
 import ml_collections
 
-from qlora_jax import codebooks
+from qlora_jax import codebooks, lora
 from qlora_jax.lora import LoRAConfig
+from qlora_jax.optimizer_state import Storage
 from qlora_jax.quantization import QuantizationConfig
 
 FloatDType = Literal["bfloat16", "float32", "float16"]
+
+# What the squared errors of weights are weighed by.
+Importance = Literal["none", "fisher", "inputs"]
 
 # A ConfigDict. Its fields are made at run time, so a type checker can only get them wrong.
 Draft: typing.TypeAlias = Any
@@ -98,7 +102,9 @@ class ModelConfig(_Section):
     storage_dtype: of the weights that are not quantized (norms, embeddings, and all in 16 bits).
     remat: what the backward pass computes again: all of a layer (full; offload: its input waits in
       the host's memory), its MLP (mlp), norms and activations (elementwise), nothing (none); auto:
-      as little as the device's memory lets, found by compiling.
+      the fastest that the device's memory lets, found by compiling.
+    table_bits: of the token table and the head where the base is quantized: 8 (int8) or 4 (nf4), in
+      blocks of 64; None for `storage_dtype`.
     attention: how it is computed; auto: by the fastest that serves the case.
     mlp_chunk: tokens of a row whose wide activations exist at once, for long rows; None for all.
   """
@@ -108,6 +114,7 @@ class ModelConfig(_Section):
   dtype: FloatDType = "bfloat16"
   storage_dtype: FloatDType = "bfloat16"
   remat: Literal["auto", "offload", "full", "mlp", "elementwise", "none"] = "full"
+  table_bits: int | None = None
   attention: Literal["auto", "plain", "blockwise", "cudnn"] = "auto"
   mlp_chunk: int | None = None
 
@@ -115,23 +122,29 @@ class ModelConfig(_Section):
 
   def _check(self) -> None:
     self._require(self.path != "", "path", "a directory, or None")
+    self._require(self.table_bits in (None, 4, 8), "table_bits", "4, 8 or None")
     if self.mlp_chunk is not None:
       self._at_least(1, "mlp_chunk")
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig(_Section):
-  """A small base model that the run trains itself, from scratch, on generated text of bytes.
+  """A small base model that the run trains itself, from scratch: on generated text, or on files.
 
   Attributes:
     steps: optimizer steps; 0 means that there is a `model.path` instead.
     batch_size: sequences a step.
     learning_rate: the highest, after warm-up.
+    warmup_steps: steps of linear rise to learning_rate, if there are more than these.
+    weight_decay: decoupled, times the learning rate.
+    dtype: of activations and products; the weights are float32 while they are trained.
+    paths: files of documents (.txt, .jsonl, .jsonl.zst) that it learns in place of generated text.
+    holdout: share of the documents of each of `paths`, its last ones, that its loss curve is of.
     domain: kind of text that is generated (see qlora_jax/synthetic.py).
     num_documents: documents that are generated.
     minor_domain: kind of text of which the base sees a little as well, or None.
     minor_documents: documents of it.
-    vocab_size: tokens; the tokens are bytes, so 256 or more.
+    vocab_size: tokens: bytes; of `paths` those of a byte-level BPE that is trained on them first.
     hidden_size: width D of the residual stream.
     intermediate_size: width of the SwiGLU.
     num_layers: decoder layers.
@@ -144,6 +157,11 @@ class PretrainConfig(_Section):
   steps: int = 0
   batch_size: int = 32
   learning_rate: float = 3e-3
+  warmup_steps: int = 20
+  weight_decay: float = 0.01
+  dtype: FloatDType = "float32"
+  paths: tuple[str, ...] = ()
+  holdout: float = 0.01
   domain: str = "tales"
   num_documents: int = 2000
   minor_domain: str | None = None
@@ -160,13 +178,23 @@ class PretrainConfig(_Section):
   _name: typing.ClassVar[str] = "pretrain"
 
   def _check(self) -> None:
-    self._at_least(0, "steps")
+    self._at_least(0, "steps", "warmup_steps")
     self._at_least(1, "batch_size", "num_documents", "minor_documents")
     self._at_least(1, "intermediate_size", "num_layers")
     self._at_least(1, "num_heads", "num_kv_heads")
     self._at_least(2, "hidden_size", "max_position_embeddings")
-    self._at_least(256, "vocab_size")
+    # With files, all bytes and the end of a document.
+    self._at_least(257 if self.paths else 256, "vocab_size")
     self._positive("learning_rate")
+    decay = self.weight_decay
+    self._require(math.isfinite(decay) and decay >= 0, "weight_decay", "a finite number, 0 or more")
+    self._require(
+      not self.paths or self.minor_domain is None,
+      "minor_domain",
+      "text is generated or, with pretrain.paths, read: set this to None",
+    )
+    self._require(0 < self.holdout < 1, "holdout", "a share above 0 and below 1")
+    self._require(self.dtype != "float16", "dtype", "float32 or bfloat16: a base has no loss scale")
     # RoPE turns pairs of coordinates, so a head's width is even.
     self._require(
       self.hidden_size % (2 * self.num_heads) == 0,
@@ -238,6 +266,8 @@ class OptimizerConfig(_Section):
     eps: added to the root of the second moment.
     clip_norm: largest global norm of a gradient, or None.
     lora_plus_ratio: LoRA+'s λ: the learning rate of B is so many times that of A.
+    state: how the moments are kept between steps: float32, bfloat16, in blocks of 8 bits (8bit), or
+      in the host's memory (host).
   """
 
   learning_rate: float = 2e-4
@@ -249,6 +279,7 @@ class OptimizerConfig(_Section):
   eps: float = 1e-8
   clip_norm: float | None = 1.0
   lora_plus_ratio: float = 1.0
+  state: Storage = "float32"
 
   _name: typing.ClassVar[str] = "optimizer"
 
@@ -279,6 +310,8 @@ class TrainConfig(_Section):
     loss_chunk: tokens whose logits exist at once in the cross entropy.
     z_loss: what the square of the log of the softmax's sum is weighted by in the loss trained on.
     compare_16bit: also train LoRA on the 16-bit base, same data, for the closing table.
+    compiled_programs: the directory where they are kept for the next process; auto: that of
+      $JAX_COMPILATION_CACHE_DIR, else one in the user's cache; None for none.
   """
 
   steps: int = 200
@@ -292,6 +325,7 @@ class TrainConfig(_Section):
   loss_chunk: int = 1024
   z_loss: float = 0.0
   compare_16bit: bool = True
+  compiled_programs: str | None = "auto"
 
   _name: typing.ClassVar[str] = "train"
 
@@ -300,6 +334,105 @@ class TrainConfig(_Section):
     self._at_least(1, "eval_batch_size", "checkpoint_every", "keep_checkpoints", "loss_chunk")
     z_loss = self.z_loss
     self._require(math.isfinite(z_loss) and z_loss >= 0, "z_loss", "a finite number, 0 or more")
+    self._require(self.compiled_programs != "", "compiled_programs", "a directory, auto, or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseQuantization(QuantizationConfig):
+  """How a base is quantized: all of a `QuantizationConfig`, and what asks a few batches of data.
+
+  The batches are the run's own, before any training, and the model that reads them is the dense
+  one. What comes of them is kept in the run's directory.
+
+  Attributes:
+    codebook: as of `QuantizationConfig`; with bits_per_weight several, as in
+      "bof2s+bof3s+bof4s+int8".
+    importance: what a weight's squared error is weighed by, where levels, scales or outliers are
+      chosen by it, or the codebooks of a budget: "fisher", the diagonal of the empirical Fisher
+      information (`calibration.fisher_diagonal`); "inputs", the second moment of what it is
+      multiplied by (`calibration.input_moments`); "none", all alike.
+    gptq: draw the codes again with GPTQ's error feedback along K (`gptq.feed_back_errors`).
+    gptq_damping: λ of GPTQ, as a share of the mean of the diagonal of the second moments.
+    bits_per_weight: a budget: the mean of all quantized weights' bits, scales and tables included.
+      Each gets the one of the codebooks by which the sum of errors is least (`bit_budget.rules`).
+    calibration_sequences: of the training data, in its order, that these choices read.
+
+  Raises:
+    ValueError: naming the field, its value and the rule.
+  """
+
+  importance: Importance = "none"
+  gptq: bool = False
+  gptq_damping: float = 0.01
+  bits_per_weight: float | None = None
+  calibration_sequences: int = 8
+
+  def __post_init__(self):
+    names = self.codebook.split("+")
+    if len(names) > 1 and self.bits_per_weight is None:
+      raise ValueError(
+        f"codebook: {self.codebook!r}; of several bits_per_weight chooses, which is None"
+      )
+    choices = self.choices  # which checks each
+    if self.bits_per_weight is not None:
+      if len(set(names)) < 2:
+        raise ValueError(
+          f"bits_per_weight: {self.bits_per_weight} with codebook {self.codebook!r}; it chooses "
+          "from several, such as bof2s+bof3s+bof4s+int8"
+        )
+      if not (math.isfinite(self.bits_per_weight) and self.bits_per_weight > 0):
+        raise ValueError(
+          f"bits_per_weight: {self.bits_per_weight}; a finite number above 0, or None"
+        )
+    weighs = self.bits_per_weight is not None or any(each.weighs_errors for each in choices)
+    if self.importance != "none" and not weighs:
+      raise ValueError(
+        f"importance: {self.importance!r} weighs nothing; codebook {self.codebook!r} is not "
+        "learned, scale_rule is not 'mse', and there are neither outliers nor bits_per_weight"
+      )
+    if self.importance != "none" and self.rotate and self.bits_per_weight is None:
+      raise ValueError(
+        f"importance: {self.importance!r} with rotate; it is of the weights that were not rotated"
+      )
+    if self.gptq and self.outlier_fraction:
+      raise ValueError(
+        f"gptq: True with outlier_fraction {self.outlier_fraction}; its feedback runs over rows of "
+        "one grid"
+      )
+    if not (math.isfinite(self.gptq_damping) and self.gptq_damping > 0):
+      raise ValueError(
+        f"gptq_damping: {self.gptq_damping}; a finite number above 0, since inputs may be fewer "
+        "than K"
+      )
+    if self.calibration_sequences < 1:
+      raise ValueError(f"calibration_sequences: {self.calibration_sequences}; at least 1")
+
+  @property
+  def choices(self) -> tuple[QuantizationConfig, ...]:
+    """What each weight may be quantized by: one for each of the codebooks."""
+    return tuple(
+      QuantizationConfig(**{**super(BaseQuantization, self).arguments, "codebook": name})
+      for name in self.codebook.split("+")
+    )
+
+  @property
+  def calibrated(self) -> bool:
+    """Whether data is asked."""
+    return self.bits_per_weight is not None or self.gptq or self.importance != "none"
+
+  @property
+  def arguments(self) -> dict[str, Any]:
+    """Of `quantize`.
+
+    Raises:
+      ValueError: these choices ask data, which `quantize` has none of.
+    """
+    if self.calibrated:
+      raise ValueError(
+        "quantization: importance, gptq and bits_per_weight ask data; calibration.quantize_base "
+        "has it"
+      )
+    return super().arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,13 +448,20 @@ class ExperimentConfig(_Section):
   seed: int = 0
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   pretrain: PretrainConfig = dataclasses.field(default_factory=PretrainConfig)
-  quantization: QuantizationConfig = dataclasses.field(default_factory=QuantizationConfig)
+  quantization: BaseQuantization = dataclasses.field(default_factory=BaseQuantization)
   lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
   _name: typing.ClassVar[str] = ""
+
+  def __post_init__(self) -> None:
+    # One of a weight, as `quantize_by` takes it, asks no data.
+    if type(self.quantization) is QuantizationConfig:
+      plain = BaseQuantization(**self.quantization.arguments)
+      object.__setattr__(self, "quantization", plain)
+    super().__post_init__()
 
   def _check(self) -> None:
     is_file_name = re.fullmatch(r"\w[\w.-]*", self.name) is not None
@@ -390,8 +530,23 @@ class ExperimentConfig(_Section):
       self.lora.init,
       "model.quantize is False, so there is no quantization error to make up for",
     )
+    for field, off in (("importance", "none"), ("gptq", False), ("bits_per_weight", None)):
+      value = getattr(self.quantization, field)
+      _require(
+        value == off or not (self.model.quantize and self.lora.changes_base),
+        f"quantization.{field}",
+        value,
+        f"lora.init {self.lora.init!r} quantizes the base anew, a matrix at a time and without "
+        f"data: set this to {off!r}, or lora.init to 'lora' or 'eva'",
+      )
     if self.lora.variant == "qa_lora":
       self._require_zero_points()
+    _require(
+      self.table_bits is None or not (self.lora.changes_base or self.quantization.calibrated),
+      "model.table_bits",
+      self.model.table_bits,
+      "None with a lora.init that changes the base, or a quantization that asks data",
+    )
 
   def _require_zero_points(self):
     rule = (
@@ -399,16 +554,30 @@ class ExperimentConfig(_Section):
       "as int4_zero_point, with nothing around it"
     )
     _require(self.model.quantize, "model.quantize", False, rule)
-    codebook = codebooks.get(self.quantization.codebook, self.quantization.block_size)
-    _require(codebook.scale == "minmax", "quantization.codebook", codebook.name, rule)
+    for choice in self.quantization.choices:
+      codebook = codebooks.get(choice.codebook, choice.block_size)
+      _require(codebook.scale == "minmax", "quantization.codebook", codebook.name, rule)
     for field in ("rotate", "outlier_fraction"):
       value = getattr(self.quantization, field)
       _require(not value, f"quantization.{field}", value, rule)
 
   @property
-  def base_quantization(self) -> QuantizationConfig | None:
+  def base_quantization(self) -> BaseQuantization | None:
     """How the base is quantized; None where it is not."""
     return self.quantization if self.model.quantize else None
+
+  @property
+  def table_bits(self) -> int | None:
+    """Of the token table and the head; None where they are not quantized."""
+    return self.model.table_bits if self.model.quantize else None
+
+
+def table_rules(bits: int | None, tie_embeddings: bool) -> dict[str, QuantizationConfig]:
+  """What `model.table_bits` quantizes, as rules of a tree; where tables are tied there is one."""
+  if bits is None:
+    return {}
+  quantization = QuantizationConfig({8: "int8", 4: "nf4"}[bits])
+  return {path: quantization for path in ("embed/embedding", *([] if tie_embeddings else ["head"]))}
 
 
 # --- What the dataclasses say of themselves -------------------------------------------------------
@@ -423,11 +592,14 @@ def _hints(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def _help(cls: type) -> dict[str, str]:
-  """Field name → its text under `Attributes:` in the docstring of `cls`."""
-  _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
-  section = re.split(r"\n(?=\S)", section)[0]  # up to the next section
-  entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section, flags=re.MULTILINE)
-  return {name: " ".join(text.split()) for name, text in entries}
+  """Field name → its text under `Attributes:` in the docstring of `cls`, or of one it extends."""
+  found: dict[str, str] = {}
+  for each in reversed(cls.__mro__):
+    _, _, section = inspect.cleandoc(each.__doc__ or "").partition("Attributes:\n")
+    section = re.split(r"\n(?=\S)", section)[0]  # up to the next section
+    entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section, flags=re.MULTILINE)
+    found |= {name: " ".join(text.split()) for name, text in entries}
+  return found
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -528,6 +700,8 @@ def _type_name(hint: Any) -> str:
 
 def _mismatch(hint: Any, value: Any, path: str) -> ConfigError:
   if typing.get_origin(hint) is Literal:
+    if path in ("lora.variant", "lora.init") and value in lora.REFUSED:
+      return ConfigError(f"{path}: {value!r}; not offered: {lora.REFUSED[value]}")
     choices = typing.get_args(hint)
     near = difflib.get_close_matches(str(value), choices, n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
@@ -759,10 +933,13 @@ def differences(before: ExperimentConfig, now: ExperimentConfig) -> list[str]:
   """Names every field in which two configs differ.
 
   Returns:
-    Lines such as `lora.rank: 8 before, 16 now`, in the order of the fields.
+    Lines such as `lora.rank: 8 before, 16 now`, in the order of the fields. Where compiled programs
+    are kept is no difference: it changes nothing that is computed.
   """
   lines = []
   for path in fields():
+    if path == "train.compiled_programs":
+      continue
     a, b = (functools.reduce(getattr, path.split("."), config) for config in (before, now))
     if a != b:
       lines.append(f"{path}: {_plain(a)!r} before, {_plain(b)!r} now")

@@ -254,13 +254,21 @@ class Batches:
     batch_size: B, rows of one forward pass.
     accumulate_steps: how many such batches one optimizer step takes.
     seed: orders the rows, on every machine and NumPy version alike; at least 0.
+    segments: False leaves `segment_ids` and `positions` out: where each row is one document, a
+      causal model's attention needs no mask of them.
 
   Raises:
     ValueError: no rows, or a size or a seed that is too small.
   """
 
   def __init__(
-    self, dataset: Dataset, batch_size: int, accumulate_steps: int = 1, *, seed: int
+    self,
+    dataset: Dataset,
+    batch_size: int,
+    accumulate_steps: int = 1,
+    *,
+    seed: int,
+    segments: bool = True,
   ) -> None:
     _check_at_least("batch_size", batch_size, 1)
     _check_at_least("accumulate_steps", accumulate_steps, 1)
@@ -269,6 +277,7 @@ class Batches:
     self._dataset = dataset
     self._shape = (accumulate_steps, batch_size)
     self._seed = seed
+    self._segments = segments
     # The orders that the latest batch needed: a cache, never a state.
     self._orders: dict[int, np.ndarray] = {}
 
@@ -294,7 +303,10 @@ class Batches:
       for epoch in range(places[0][0], places[-1][0] + 1)
     }
     rows = np.array([orders[epoch][offset] for epoch, offset in places])
-    return _take(self._dataset, rows.reshape(self._shape))
+    batch = _take(self._dataset, rows.reshape(self._shape))
+    if not self._segments:
+      del batch["segment_ids"], batch["positions"]
+    return batch
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[dict[str, np.ndarray]]:

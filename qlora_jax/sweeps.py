@@ -242,9 +242,11 @@ _OF_A_TRIAL = (
 def group_identity(config: ExperimentConfig) -> str:
   """12 hexadecimal digits that trials have in common which one program can train together.
 
-  Those whose init changes the base have each its own.
+  Those whose init changes the base have each its own, and those whose optimizer keeps its moments
+  in a form that padding would change, or on the host.
   """
-  own = () if config.lora.changes_base else _OF_A_TRIAL
+  alone = config.lora.changes_base or config.optimizer.state != "float32"
+  own = () if alone else _OF_A_TRIAL
   return _digest(
     {
       path: functools.reduce(getattr, path.split("."), config)

@@ -37,8 +37,9 @@ from qlora_jax.train import Batch, Metrics, TrainState, init_state, step_functio
 
 # `learning_rates [steps] → optimizer`: see `optimizers.make`.
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
-# `(states, learning_rates [trials, steps], frozen, batches [trials, A, B, T]) → (states, metrics)`
-GroupStep = Callable[[TrainState, Any, Any, Batch], tuple[TrainState, Metrics]]
+# `(states, learning_rates [trials, steps], learning [trials], frozen, batches [trials, A, B, T]) →
+# (states, metrics)`
+GroupStep = Callable[[TrainState, Any, Any, Any, Batch], tuple[TrainState, Metrics]]
 
 
 def make_group_step(
@@ -47,6 +48,8 @@ def make_group_step(
   """Builds the jitted step of a group: `train.step_function`, mapped over trials.
 
   It donates the states. Every leaf of states, batches and metrics has an axis of trials in front.
+  A trial where `learning`, `[trials]` bool, is False keeps its state, by `where`: one that diverged
+  or came to its end. The program is the same, so the others' numbers are, to the bit.
 
   Args:
     model: of all trials.
@@ -55,11 +58,14 @@ def make_group_step(
     z_loss: see `losses.cross_entropy`.
   """
 
-  def one(state: TrainState, learning_rates: jax.Array, frozen: Any, batch: Batch):
+  def one(
+    state: TrainState, learning_rates: jax.Array, learning: jax.Array, frozen: Any, batch: Batch
+  ):
     step = step_function(model, make_optimizer(learning_rates), loss_chunk, z_loss)
-    return step(state, frozen, batch)
+    new, metrics = step(state, frozen, batch)
+    return jax.tree.map(functools.partial(jnp.where, learning), new, state), metrics
 
-  return jax.jit(jax.vmap(one, in_axes=(0, 0, None, 0)), donate_argnums=0)
+  return jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, 0)), donate_argnums=0)
 
 
 def widest(

@@ -158,7 +158,9 @@ def moved(eqn: core.JaxprEqn, value: Value) -> Value | None:
 
 def index_of(eqn: core.JaxprEqn, value: Value) -> tuple[int, int] | None:
   """(dim, axis of the weight) of a slice that takes one of its matrices; None for anything else."""
-  if eqn.primitive.name not in ("slice", "dynamic_slice") or eqn.params.get("strides"):
+  if eqn.primitive.name not in ("slice", "dynamic_slice"):
+    return None
+  if any(stride != 1 for stride in eqn.params.get("strides") or ()):
     return None
   shape, sizes = _shape(value.dims), aval(eqn.outvars[0]).shape
   cut = [i for i, (old, new) in enumerate(zip(shape, sizes, strict=True)) if old != new]

@@ -38,6 +38,7 @@ EVERYTHING_CHANGED = {
     "dtype": "float16",
     "storage_dtype": "float32",
     "remat": "none",
+    "table_bits": 8,
     "attention": "plain",
     "mlp_chunk": 100,
   },
@@ -45,6 +46,11 @@ EVERYTHING_CHANGED = {
     "steps": 7,
     "batch_size": 3,
     "learning_rate": 0.5,
+    "warmup_steps": 3,
+    "weight_decay": 0.2,
+    "dtype": "bfloat16",
+    "paths": [],
+    "holdout": 0.3,
     "domain": "manuals",
     "num_documents": 9,
     "minor_domain": "tales",
@@ -59,7 +65,7 @@ EVERYTHING_CHANGED = {
     "seed": 5,
   },
   "quantization": {
-    "codebook": "int4",
+    "codebook": "int4+int8",
     "block_size": 32,
     "double_quantization": False,
     "nested_block_size": 128,
@@ -69,6 +75,11 @@ EVERYTHING_CHANGED = {
     "outlier_fraction": 0.01,
     "rotate": True,
     "rotation_seed": 3,
+    "importance": "fisher",
+    "gptq": False,  # as outliers ask
+    "gptq_damping": 0.5,
+    "bits_per_weight": 6.5,
+    "calibration_sequences": 2,
   },
   "lora": {
     "rank": 4,
@@ -79,7 +90,7 @@ EVERYTHING_CHANGED = {
     "rank_pattern": {"*/q": 2, "layers/*/a.b": 3},
     "alpha_pattern": {"*/attn/*": 4.0},
     "variant": "dora",
-    "init": "pissa",
+    "init": "eva",
     "loftq_iterations": 2,
     "loftq_ignores_scaling": True,
     "lora_ga_gamma": 64.0,
@@ -114,6 +125,7 @@ EVERYTHING_CHANGED = {
     "eps": 0.125,
     "clip_norm": None,
     "lora_plus_ratio": 16.0,
+    "state": "8bit",
   },
   "train": {
     "steps": 4,
@@ -127,6 +139,7 @@ EVERYTHING_CHANGED = {
     "loss_chunk": 64,
     "z_loss": 1e-4,
     "compare_16bit": False,
+    "compiled_programs": "runs/compiled",
   },
 }
 
@@ -134,7 +147,8 @@ EVERYTHING_CHANGED = {
 def test_everything_changed_changes_everything():
   """The table above names every field, and none at its default: the round trips rely on it."""
   config = config_lib.from_json_dict(EVERYTHING_CHANGED)
-  default_paths = {"model.path", "data.synthetic"}  # the one choice that leaves the other at None
+  # The one choice that leaves the other at None, and what outliers refuse.
+  default_paths = {"data.synthetic", "model.path", "pretrain.paths", "quantization.gptq"}
   for path, field in config_lib.fields().items():
     value = config
     for part in path.split("."):
@@ -229,7 +243,8 @@ def test_a_config_is_frozen():
     ("trian.steps", "trian: no such field; did you mean train?"),
     (
       "train.weight_decay",
-      "train.weight_decay: no such field; did you mean optimizer.weight_decay?",
+      "train.weight_decay: no such field; did you mean pretrain.weight_decay or "
+      "optimizer.weight_decay?",
     ),
     ("rank", "rank: no such field; did you mean lora.rank?"),
     ("lora.zzz", "lora.zzz: no such field; there are rank, alpha, targets, rank_stabilized"),

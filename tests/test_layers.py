@@ -17,6 +17,7 @@ import qlora_jax
 # all that is in it. `qlora_jax` itself is the package's surface: the numbers, op and adapters.
 LAYERS = {
   "numbers": [
+    "deprecations",
     "block_optimal",
     "codebooks",
     "tree_paths",
@@ -25,6 +26,7 @@ LAYERS = {
     "quantized_tensor",
     "rotation",
     "quantization",
+    "row_lookup",
     "gptq",
     "bit_budget",
   ],
@@ -49,6 +51,7 @@ LAYERS = {
     "synthetic",
     "losses",
     "optimizers",
+    "optimizer_state",
     "sharding",
     "calibration",
     "checkpoints",
@@ -59,6 +62,7 @@ LAYERS = {
     "evaluate",
     "generate",
     "memory",
+    "plan",
   ],
 }
 ORDER = list(LAYERS)

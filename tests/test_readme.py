@@ -95,6 +95,7 @@ def test_the_commands_are_found():
     "configs/stories.py",
     "configs/quickstart.py",
     *["configs/ablate.py"] * 3,
+    "configs/ablate_own.py",
   ]
 
 

@@ -66,15 +66,16 @@ def step(model):
   return trial_groups.make_group_step(model, make, loss_chunk=16, z_loss=1e-4)
 
 
-def train_group(step, frozen, states, rates, seeds):
-  """All steps; the states, and the metrics of each step."""
+def train_group(step, frozen, states, rates, seeds, learning=None):
+  """All steps; the states, and the metrics of each. `learning` `[STEPS, trials]`; None: all."""
+  learning = np.ones((STEPS, len(states)), np.bool_) if learning is None else learning
   wide = trial_groups.widest(states, optimizers.make(OPTIMIZER, STEPS), jnp.float32)
   stacked = trial_groups.stack(states, wide)
   table = np.stack([optimizers.rates(config_of(rate), STEPS) for rate in rates])
   found = []
   for i in range(STEPS):
     batch = trial_groups.stack_batches([batch_of(seed, i) for seed in seeds])
-    stacked, metrics = step(stacked, table, frozen, batch)
+    stacked, metrics = step(stacked, table, learning[i], frozen, batch)
     found.append(jax.device_get(metrics))
   return stacked, found
 
@@ -107,6 +108,22 @@ def test_a_trial_of_a_group_is_its_single_run(model, frozen, states, trained, i)
   for path in expected:
     if path.startswith("params/"):
       assert np.abs(np.asarray(found[path]) - np.asarray(start[path])).max() > 1e-4, path
+
+
+def test_a_masked_trial_stays_and_the_others_do_not_change_by_a_bit(step, frozen, states, trained):
+  learning = np.ones((STEPS, 3), np.bool_)
+  learning[1:, 1] = False
+  found, metrics = train_group(step, frozen, states, RATES, range(3), learning)
+  first = np.zeros((STEPS, 3), np.bool_)
+  first[0, 1] = True
+  one_step, _ = train_group(step, frozen, states, RATES, range(3), first)
+  for path, leaf in tree_paths.leaves(found).items():
+    whole, once = (np.asarray(tree_paths.leaves(each)[path]) for each in (trained[0], one_step))
+    leaf = np.asarray(leaf)
+    np.testing.assert_array_equal(leaf[[0, 2]], whole[[0, 2]], err_msg=path)
+    np.testing.assert_array_equal(leaf[1], once[1], err_msg=path)  # as the first step left it
+  assert all((ours["loss"][[0, 2]] == theirs["loss"][[0, 2]]).all()
+             for ours, theirs in zip(metrics, trained[1], strict=True))  # fmt: skip
 
 
 def test_padding_stays_exactly_zero(trained, states):

@@ -117,7 +117,8 @@ def build(row: Row, frozen: Any = None) -> tuple[Any, Any]:
   rates = np.geomspace(1e-4, 4e-4, row.trials, dtype=np.float32)
   rates = jnp.asarray(np.repeat(rates[:, None], _STEPS, 1))
   states = jax.jit(jax.vmap(start))(jnp.arange(row.trials))
-  return step, (states, rates, frozen, batch)
+  learning = jnp.ones(row.trials, jnp.bool_)
+  return step, (states, rates, learning, frozen, batch)
 
 
 def copy_speed() -> float:

@@ -134,7 +134,8 @@ def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
 def shape_of(x: Any, w: QuantizedTensor, tiles: Tiles) -> "Shape":
   """What the program is made for."""
   nested = w.scales.block_size if isinstance(w.scales, NestedScales) else None
-  return Shape(*x.shape, w.shape[1], w.block_size, nested, x.dtype.name, tiles)
+  (m, k), (_, n) = x.shape, w.shape
+  return Shape(m, k, n, w.block_size, nested, x.dtype.name, tiles)
 
 
 def scale_operands(scales: Scales) -> list[jax.Array]:

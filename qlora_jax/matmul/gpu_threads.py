@@ -400,7 +400,8 @@ def _tied(ptx: str, count: int, held: list[Any], operands: list[Any]) -> list[An
   """PTX with `count` float32 results in the registers of `held`, if any; then `operands`."""
   f32 = ir.F32Type.get()
   constraints = ["=f"] * count + [str(i) for i in range(len(held))] + ["r"] * len(operands)
-  result = llvm.inline_asm(
+  inline: Any = llvm.inline_asm
+  result = inline(
     llvm.StructType.get_literal([f32] * count),
     [*held, *operands],
     ptx,

@@ -78,8 +78,8 @@ def stub(monkeypatch):
   """In place of training: notes whose turn it was, and writes the summary."""
   ran = []
 
-  def train(config, workdir, shared, measure):
-    del shared, measure
+  def train(config, workdir, shared, measure, until):
+    del shared, measure, until
     print(f"training {config.name}")
     ran.append(config.name)
     if config.data.path is not None:
@@ -260,7 +260,7 @@ def test_a_directory_of_something_else_is_left_alone(config, tmp_path, stub, cap
 def test_a_signal_ends_the_sweep_and_says_how_to_go_on(
   config, tmp_path, monkeypatch, capsys, number
 ):
-  def stopped(config, workdir, shared, measure):
+  def stopped(config, workdir, shared, measure, until):
     raise Interrupted(number, 4, saved=True)
 
   monkeypatch.setattr(trial, "run", stopped)
@@ -305,7 +305,7 @@ WORKER = """
 import json, sys, time
 from experiments import run, trial
 
-def train(config, workdir, shared, measure):
+def train(config, workdir, shared, measure, until):
   with open(sys.argv[1], "a") as file:
     file.write(config.name + "\\n")
   time.sleep(0.05)
@@ -516,6 +516,8 @@ def test_ray_sends_a_trial_again_whose_worker_died_or_was_stopped(
     ("ablate_rank", 36, 1),
     ("ablate_double_quantization", 54, 18),
     ("ablate_formats", 36, 12),
+    ("ablate_init", 60, 4),
+    ("two_bits", 21, 3),
     ("ablate_targets", 30, 2),
   ],
 )

@@ -141,8 +141,8 @@ def unsupported(x: Any, w: QuantizedTensor, tiles: Tiles) -> str | None:
     return f"K = {k} and N = {n}; multiples of {GROUP} and 16"
   if w.block_size not in (16, 32) and w.block_size % 64:
     return f"block size {w.block_size}; 16, 32 or a multiple of 64"
-  if 4 * x.shape[0] * max(k, n * tiles.splits) >= 1 << 32:
-    return f"{x.shape[0]} rows of {max(k, n)}; offsets have 32 bits"
+  if max(4 * x.shape[0] * max(k, n * tiles.splits), k * n // 2) >= 1 << 32:
+    return f"{x.shape[0]} rows of {max(k, n)} or {k * n} weights; offsets have 32 bits"
   shape = shape_of(x, w, tiles)
   if shape.shared_bytes > _SHARED_BYTES:
     return f"{shape.shared_bytes} bytes of shared memory wanted; there are {_SHARED_BYTES}"

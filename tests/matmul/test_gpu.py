@@ -172,6 +172,7 @@ def test_tiles_say_what_they_do_not_serve():
   assert "other than 4 bits" in reason(ArgumentSpec(256, 16, dtype="bfloat16", codebook="nf3"))
   assert "block size 48" in reason(ArgumentSpec(256, 16, dtype="bfloat16", block_size=48))
   assert "offsets have 32 bits" in reason(ArgumentSpec(28672, 16, (40000,), dtype="bfloat16"))
+  assert "weights; offsets have" in reason(ArgumentSpec(65536, 1 << 17, (20,), dtype="bfloat16"))
   wide = gpu_tiles.Tiles(256, 1, 1, 8, promoted=False)
   assert "of shared memory wanted" in reason(ArgumentSpec(256, 16, dtype="bfloat16"), wide)
   for spec in specs.REAL:

@@ -107,6 +107,7 @@ def lines(
   *,
   levels: Sequence[float | None] = (),
   log_x: bool = False,
+  log_y: bool = False,
   ticks: Sequence[Any] | None = None,
 ) -> "Figure":
   """Lines of (name, x, y, standard errors or None).
@@ -125,6 +126,8 @@ def lines(
   for i, level in enumerate(levels):
     if level is not None:
       axes.axhline(level, color=_COLOURS[i], linestyle="--", linewidth=1)
+  if log_y:
+    axes.set_yscale("log")
   if log_x:
     axes.set_xscale("log", base=2)
     values = sorted({each for _, xs, _, _ in series for each in xs})

@@ -1,6 +1,7 @@
 """The packed product beside its peers: time, share of the floor, error.
 
   python -m experiments.bench.matmul --out matmul.json [--shapes 4096x14336,…] [--rows 1,16,…]
+    [--plots DIR]
 
 On one GPU or TPU, NF4 in blocks of 64 with double quantization, bf16. The calls of a timed program
 take weights in turn, so many that the L2 cache does not hold them (at most one a call). `us` is
@@ -8,8 +9,9 @@ what the device was busy, by the profiler; `call_us` is the program's time by it
 included.
 The floor is the larger of the packed bytes at the speed of a copy and the products at that of a
 large bf16 one, both measured in the same run. Peers run where they are installed (torch with
-bitsandbytes; Qwix). Of TPUs it has not run on one: where a profile lies there is from the format's
-description, and a profile without it raises.
+bitsandbytes; Qwix). `--plots` draws a shape's times against the rows, the floor beside them; with
+`--draw matmul.json` nothing runs. It has not run on a TPU: where a profile lies there is from the
+format's description, and a profile without it raises.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import figures
 from qlora_jax import dequantize, quantize, quantized_matmul
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))
@@ -226,6 +229,35 @@ def measure_bitsandbytes(k: int, n: int, rows: Sequence[int]) -> list[dict]:
   return results
 
 
+def draw(report: dict[str, Any], directory: Path) -> list[Path]:
+  """Writes `forward-KxN.svg` for each weight: µs against rows, a line an implementation.
+
+  Raises:
+    ImportError: Matplotlib is missing.
+  """
+  figures.require()
+  directory.mkdir(parents=True, exist_ok=True)
+  lines: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
+  for found in report["results"]:
+    if found["work"] != "forward":
+      continue
+    own = lines.setdefault((found["k"], found["n"]), {})
+    own.setdefault(found["implementation"], {})[found["m"]] = found["us"]
+    if share := found.get("share_of_floor"):
+      own.setdefault("floor", {})[found["m"]] = share * found["us"]
+  paths = []
+  for (k, n), own in lines.items():
+    series = []
+    for name, times in list(own.items())[: figures.MOST_SERIES]:
+      rows, us = zip(*sorted(times.items()), strict=True)
+      series.append((name, rows, us, None))
+    label = f"rows ({k} → {n}, {report['device']})"
+    svg = figures.lines(series, label, "µs", log_x=True, log_y=True)
+    paths.append(directory / f"forward-{k}x{n}.svg")
+    paths[-1].write_text(svg)
+  return paths
+
+
 def main(argv: Sequence[str]) -> int:
   """Measures what `argv` asks for, and writes the JSON."""
   parser = argparse.ArgumentParser(
@@ -233,10 +265,19 @@ def main(argv: Sequence[str]) -> int:
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
-  parser.add_argument("--out", type=Path, required=True)
+  parser.add_argument("--out", type=Path)
   parser.add_argument("--shapes", default=",".join(f"{k}x{n}" for k, n in SHAPES))
   parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+  parser.add_argument("--plots", type=Path, help="a directory for figures")
+  parser.add_argument("--draw", type=Path, help="draws what an earlier --out wrote; runs nothing")
   arguments = parser.parse_args(argv)
+  if arguments.draw is not None:
+    draw(json.loads(arguments.draw.read_text()), arguments.plots or Path())
+    return 0
+  if arguments.out is None:
+    parser.error("--out is wanted, or --draw")
+  if arguments.plots is not None:
+    figures.require()
   if jax.default_backend() not in ("gpu", "tpu"):
     backend = jax.default_backend()
     print(f"error: the device is a {backend}; a GPU or a TPU is wanted", file=sys.stderr)
@@ -261,6 +302,8 @@ def main(argv: Sequence[str]) -> int:
     report["results"] += each()
     # Again after each: what was measured is kept, whatever the next one does.
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+  if arguments.plots is not None:
+    draw(report, arguments.plots)
   return 0
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.bench import generate, gpu_compile
-from qlora_jax import quantize
+from experiments.bench import generate, gpu_compile, matmul
+from qlora_jax import quantize, quantized_matmul
 from qlora_jax.matmul import gpu
 
 
@@ -42,3 +42,42 @@ def test_kernels_compile_for_an_h100_without_spills(rows):
   found = gpu_compile.kernel(gpu.forward, jax.ShapeDtypeStruct((rows, 4096), jnp.bfloat16), w)
   assert found["spilled"] == 0
   assert 64 < found["registers"] <= 255
+
+
+@pytest.mark.skipif(gpu_compile.unavailable() is not None, reason="needs the GPU's compiler")
+def test_a_layer_is_read_where_it_lies_in_its_stack():
+  stack = jax.eval_shape(lambda: jax.vmap(lambda _: quantize(jnp.zeros((1024, 1024))))(jnp.ones(4)))
+
+  def scan(x, stack):
+    return jax.lax.scan(lambda x, w: (quantized_matmul(x, w), None), x, stack)[0]
+
+  x = jax.ShapeDtypeStruct((1, 1024), jnp.bfloat16)
+  compiled = gpu_compile.compile_for_h100(scan, x, stack)
+  # XLA's fusion of the kernel with the slice of its operand; else the codes were temporaries.
+  assert "dynamic_slice_fusion" in compiled.as_text()
+  assert compiled.memory_analysis().temp_size_in_bytes < 1024 * 1024 // 2
+
+
+def test_times_are_drawn_from_the_json(tmp_path):
+  pytest.importorskip("matplotlib")
+  row = {"work": "forward", "k": 64, "n": 128}
+  report = {
+    "device": "a card",
+    "results": [
+      row | {"m": m, "implementation": name, "us": float(m), "share_of_floor": 0.5}
+      for m in (16, 1)
+      for name in ("gpu", "xla")
+    ],
+  }
+  (tmp_path / "matmul.json").write_text(json.dumps(report))
+  assert (
+    matmul.main(["--draw", str(tmp_path / "matmul.json"), "--plots", str(tmp_path / "to")]) == 0
+  )
+  svg = (tmp_path / "to" / "forward-64x128.svg").read_text()
+  assert all(f">{name}<" in svg for name in ("gpu", "xla", "floor")) and "a card" in svg
+
+
+def test_a_benchmark_without_a_place_for_its_result_is_refused(capsys):
+  with pytest.raises(SystemExit):
+    matmul.main([])
+  assert "--out is wanted, or --draw" in capsys.readouterr().err

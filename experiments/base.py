@@ -127,7 +127,7 @@ def train_in(cfg: PretrainConfig, workdir: Path) -> Path:
     Its Hugging Face directory.
 
   Raises:
-    ValueError: the directory holds a base of another recipe.
+    ValueError: the directory holds a base of another recipe, or another process is at work there.
     train.Interrupted: a signal came; the training has saved.
   """
   # As JSON has it: tuples are lists there.
@@ -137,10 +137,15 @@ def train_in(cfg: PretrainConfig, workdir: Path) -> Path:
     parts = [f"{part}.{key}" for part in ours for key in _differing(before.get(part), ours[part])]
     raise ValueError(f"{workdir}: holds a base of another recipe: {', '.join(parts)} differ")
   workdir.mkdir(parents=True, exist_ok=True)
-  write_whole(path, json.dumps(ours, indent=2) + "\n")
-  model = workdir / "model"
-  if not model.exists():
-    _train(cfg, model, workdir)
+  try:
+    lock = filelock.FileLock(workdir / "lock").acquire(blocking=False)
+  except filelock.Timeout:
+    raise ValueError(f"{workdir}: another process is training this base") from None
+  with lock:
+    write_whole(path, json.dumps(ours, indent=2) + "\n")
+    model = workdir / "model"
+    if not model.exists():
+      _train(cfg, model, workdir)
   return model
 
 

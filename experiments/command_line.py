@@ -207,7 +207,7 @@ def _split(argv: Sequence[str]) -> dict[str, Any]:
     raise UsageError(f"--{name}: no such flag; {meant}") from None
   except flags.IllegalFlagValueError as error:  # of a bool or a number: all others are strings
     numbers = any(name in str(error) for name in ("--index", "--halving"))
-    needed = "a number" if numbers else "true or false"
+    needed = "a whole number" if numbers else "true or false"
     raise UsageError(f"{str(error).partition(': ')[0]}; {needed} is needed") from None
   except flags.Error as error:
     raise UsageError(_line(error)) from None

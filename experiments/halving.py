@@ -5,6 +5,8 @@
   2            T / 4     12 → 3                             2.25
   the end      T         3                                  2.25
 
+(Of trials that are evaluated every T / 16 steps: where it is more often, there are earlier rungs.)
+
 Settings are compared, trials that differ in their seed alone: the mean of their held-out losses,
 at a step that each of them has reached and saved. So seeds stay or go together, and what is left
 can be compared in pairs. 16-bit LoRA beside QLoRA is what others are compared with, and goes on.
@@ -94,6 +96,9 @@ def decide(
 ) -> list[Trial]:
   """Stops the settings that are not among the best at `step`; the same ones whenever it is asked.
 
+  Of those that are, a trial that was stopped here goes on again: one beside a seed that had failed,
+  say, and by now has not.
+
   Args:
     trials: of the sweep.
     directory: of a trial, by its id.
@@ -111,6 +116,10 @@ def decide(
       ranked.append((sum(losses) / len(losses), setting[0].index, setting))
   ranked.sort(key=lambda each: each[:2])
   kept = math.ceil(len(ranked) / keep)
+  for *_, setting in ranked[:kept]:
+    for each in setting:
+      if stopped_at(directory(each.id)) == step:
+        (directory(each.id) / FILE).unlink()
   stopped = []
   for place, (loss, _, setting) in enumerate(ranked[kept:], start=kept + 1):
     for each in setting:

@@ -108,6 +108,15 @@ def text(
       f"fastest that fits: {fastest}; {config.train.steps} steps take {_duration(total)}, without "
       "loading, compiling and evaluating"
     )
+  if config.train.compare_16bit:
+    lines.append(
+      "train.compare_16bit trains on the base in 16 bits as well, which is not counted: plan that "
+      "with --config.model.quantize=False --config.train.compare_16bit=False"
+    )
+  if config.train.eval_batch_size > step.batch_size:
+    lines.append(
+      f"evaluations of {config.train.eval_batch_size} rows (train.eval_batch_size) are not counted"
+    )
   if rows[0]["step_seconds"] < 0.01:
     lines.append("a step so short takes as long as launching it does, which is not counted here")
   if name != "h100":

@@ -257,7 +257,8 @@ def _comparisons(findings: Findings) -> Section:
   if findings.against_16bit:
     if len(findings.codebooks) < len(findings.against_16bit):
       blocks += [
-        "QLoRA less 16-bit LoRA, by codebook, averaged over its settings:",
+        "QLoRA less 16-bit LoRA, by codebook, averaged over its settings (rows of other numbers of "
+        "settings are of other settings, and are not to be compared with one another):",
         comparison_table(findings.codebooks),
       ]
     blocks += [

@@ -272,7 +272,7 @@ def run(
   directory = prepare(name, trials, workdir)
   chosen = list(trials) if index is None else [trials[index]]
   before = directory.failures(chosen)
-  shared, progress = trial.Shared(), _Progress(name, directory, chosen)
+  shared, progress = trial.Shared(), _Progress(name, directory, chosen, keep)
   size = trial_group.default_size() if group_size is None else group_size
   waiting: list[Trial] = []
   for until in (*rungs, None):
@@ -282,7 +282,11 @@ def run(
       busy: list[Trial] = []
       for group in groups(directory, waiting, size):
         with contextlib.ExitStack() as locks:
-          ours = [each for each in group if locks.enter_context(_ours(directory, each, before))]
+          ours = [
+            each
+            for each in group
+            if locks.enter_context(_ours(directory, each, before, until, keep))
+          ]
           busy += [
             each for each in group if each not in ours and not directory.settled(each, before)
           ]
@@ -318,7 +322,13 @@ def outcome(directory: Directory, trials: Sequence[Trial], elsewhere: list[Trial
 
 
 @contextlib.contextmanager
-def _ours(directory: Directory, one: Trial, failed_before: dict[str, int]) -> Iterator[bool]:
+def _ours(
+  directory: Directory,
+  one: Trial,
+  failed_before: dict[str, int],
+  until: int | None = None,
+  keep: int | None = None,
+) -> Iterator[bool]:
   """Holds a trial's lock; gives whether it is to be run: not settled, and no other process's."""
   if directory.settled(one, failed_before):
     yield False
@@ -330,7 +340,7 @@ def _ours(directory: Directory, one: Trial, failed_before: dict[str, int]) -> It
       yield False
       return
     # Looked at again under the lock: another process may be through with it by now.
-    yield not directory.settled(one, failed_before)
+    yield not (directory.settled(one, failed_before) or directory.stands_at(one, until, keep))
 
 
 def run_trial(
@@ -439,8 +449,10 @@ def _measure(directory: Directory, shared: trial.Shared) -> trial.Measure:
 class _Progress:
   """A line a trial: how many are done, running, failed, the time left, and what it came to."""
 
-  def __init__(self, name: str, directory: Directory, trials: Sequence[Trial]):
-    self._name, self._directory, self._trials = name, directory, trials
+  def __init__(
+    self, name: str, directory: Directory, trials: Sequence[Trial], keep: int | None = None
+  ):
+    self._name, self._directory, self._trials, self._keep = name, directory, trials, keep
     self._started, self._first = time.monotonic(), self._done()
 
   def _done(self) -> int:
@@ -470,12 +482,17 @@ class _Progress:
 
   def _line(self, running: int) -> str:
     done, failed = self._done(), len(self._directory.failures(self._trials))
+    stopped = 0
+    if self._keep is not None:
+      stopped = sum(halving.stopped_at(self._directory.trial(each.id)) > 0 for each in self._trials)
     left = ""
     if done > self._first:
       each = (time.monotonic() - self._started) / (done - self._first)
-      left = f", {tqdm.tqdm.format_interval((len(self._trials) - done - failed) * each)} left"
+      count = len(self._trials) - done - failed - stopped
+      left = f", {tqdm.tqdm.format_interval(count * each)} left"
     return (
-      f"{self._name}: {done}/{len(self._trials)} done, {running} running, {failed} failed{left}"
+      f"{self._name}: {done}/{len(self._trials)} done, {running} running, {failed} failed"
+      f"{f', {stopped} stopped early' if stopped else ''}{left}"
     )
 
   def _result(self, one: Trial) -> str:

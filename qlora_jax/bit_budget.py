@@ -155,7 +155,14 @@ def rules(
       measured.append([measure(w, config, own) for config in candidates])
     except (ValueError, TypeError) as error:
       raise type(error)(f"{path}: {error}") from None
-  budget = math.floor(bits_per_weight * sum(leaf.size for leaf in flat.values()))
+  size = sum(leaf.size for leaf in flat.values())
+  least = sum(min(each.bits for each in row) for row in measured) / size
+  if least > bits_per_weight:
+    raise ValueError(
+      f"bits_per_weight: {bits_per_weight:g}; the smallest candidates take {least:.4g}, scales and "
+      "tables included"
+    )
+  budget = math.floor(bits_per_weight * size)
   found = allocate(measured, budget)
   return {_pattern(path): candidates[choice] for path, choice in zip(flat, found, strict=True)}
 

@@ -827,7 +827,7 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     return cls(**arguments)
   except ConfigError:
     raise
-  except ValueError as error:
+  except (ValueError, FileNotFoundError) as error:
     # LoRAConfig and QuantizationConfig are used on their own too, and know no path.
     message = " ".join(str(error).split())
     own_field = re.match(rf"({'|'.join(hints)})\b", message)

@@ -51,9 +51,19 @@ def keep_compiled_programs(directory: str | None, default: Path) -> None:
     directory: "auto" takes `$JAX_COMPILATION_CACHE_DIR`, or what was set before in this process,
       else `default`; None keeps none.
     default: a directory; made when there is something to keep.
+
+  Raises:
+    OSError: `directory` cannot be made.
   """
   before = compiled_programs()
-  chosen = (before or str(default)) if directory == "auto" else directory
+  if directory == "auto":
+    chosen = before or str(default)
+  elif directory is None or "://" in directory:
+    chosen = directory
+  else:
+    chosen = str(Path(directory).expanduser())
+    # JAX would warn of each program that it cannot keep there.
+    Path(chosen).mkdir(parents=True, exist_ok=True)
   if chosen != before:
     jax.config.update("jax_compilation_cache_dir", chosen)
     # JAX looks once, when it compiles for the first time.

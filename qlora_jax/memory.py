@@ -14,6 +14,7 @@ from qlora_jax.lora import LoRAConfig
 from qlora_jax.lora import init as init_lora
 from qlora_jax.models.remat import RematPolicy
 from qlora_jax.models.transformer import Transformer
+from qlora_jax.plan import bytes_on_device
 from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import TrainState, init_state, make_train_step
 
@@ -154,7 +155,7 @@ _USABLE = 0.95
 
 
 def available_bytes(arguments: Any) -> int:
-  """What a step may take of JAX's default device, its `arguments`, which lie there, included.
+  """What a step may take of JAX's default device, what lies there of its `arguments` included.
 
   Of a CPU, which does not say, all of the machine's memory.
   """
@@ -162,7 +163,7 @@ def available_bytes(arguments: Any) -> int:
   if limit is None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   statistics = jax.local_devices()[0].memory_stats() or {}
-  others = statistics["bytes_in_use"] - tree_paths.tree_bytes(arguments)
+  others = statistics["bytes_in_use"] - bytes_on_device(arguments)
   return int(_USABLE * (limit - max(others, 0)))
 
 

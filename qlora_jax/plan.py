@@ -161,8 +161,8 @@ def operations(config: TransformerConfig, step: Step) -> tuple[int, int]:
   """(of the products with weights, of attention's): FLOPs of one pass, forward, again, backward.
 
   2 a weight a token forward, 2 for the input's gradient (the weights have none), 2 for what is
-  computed again, which is all but a layer's last product. Attention: two products of the pairs of
-  tokens that see each other, and five of its backward pass.
+  computed again, which is all but a layer's last product (and that too before a norm). Attention:
+  two products of the pairs of tokens that see each other, and five of its backward pass.
   """
   d, tokens = config.hidden_size, step.tokens
   q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -170,7 +170,17 @@ def operations(config: TransformerConfig, step: Step) -> tuple[int, int]:
   last = config.intermediate_size * d * max(config.experts_per_token, 1)
   wide = 2 * last
   attention_again, mlp_again = again(step)
-  layer = 4 * (first + wide + last) + 2 * (attention_again * first + mlp_again * wide)
+  repeated = attention_again * first + mlp_again * wide
+  if step.remat != "none":
+    # A norm's gradient is taken at what entered it, and policies keep what left it: q and k after
+    # their norms, the sum after a block's.
+    if config.qk_norm is not None and not attention_again:
+      repeated += d * (q + kv + kv * config.fused_projections)
+    if config.post_norms:
+      repeated += last + (not attention_again) * q * d
+      # A chunk's wide arrays, for its result and once more for its gradient.
+      repeated += (step._chunked and mlp_again) * wide
+  layer = 4 * (first + wide + last) + 2 * repeated
   head = 4 * d * config.vocab_size
   pairs = sum(_pairs(step.seq_len, config.windows[kind]) for kind in config.kind_of_layer)
   attention = 4 * q * step.batch_size * pairs
@@ -211,7 +221,7 @@ class Planner:
     self._sizes = {
       "base": tree_paths.tree_bytes(frozen),
       "adapters": tree_paths.tree_bytes(params),
-      "optimizer": _on_device(opt_state),
+      "optimizer": bytes_on_device(opt_state),
     }
     self._host_state = tree_paths.tree_bytes(opt_state) - self._sizes["optimizer"]
     stacked = tree_paths.leaves(self.frozen, is_leaf=is_quantized).items()
@@ -400,7 +410,7 @@ def _shapes(tree: Any) -> Any:
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def _on_device(tree: Any) -> int:
+def bytes_on_device(tree: Any) -> int:
   """Bytes of the leaves, arrays or avals, that do not lie in the host's memory."""
   return tree_paths.tree_bytes([leaf for leaf in jax.tree.leaves(tree) if not _on_host(leaf)])
 

@@ -95,7 +95,7 @@ def test_refusals():
     bit_budget.rules(params, 3.5, targets=("mlp/*",))
   with pytest.raises(ValueError, match="layers/up: an importance of no target"):
     bit_budget.rules(params, 3.5, targets=("head",), importance={"layers/up": 1})
-  with pytest.raises(ValueError, match="the smallest candidates take"):
+  with pytest.raises(ValueError, match=r"bits_per_weight: 1\.5; the smallest candidates take 2\.3"):
     bit_budget.rules(params, 1.5, targets=("head",), candidates=WIDTHS)
   rotated = QuantizationConfig(rotate=True)
   with pytest.raises(ValueError, match="odd: rotate: K = 3"):

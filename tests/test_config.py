@@ -404,6 +404,11 @@ def test_contradictions(overrides, message):
   assert "\n" not in str(error.value)
 
 
+def test_a_codebook_s_file_that_is_not_there():
+  with pytest.raises(ConfigError, match=r"^quantization: absent\.json: no such file"):
+    override(**{"quantization.codebook": "absent.json"})
+
+
 def test_sections_know_their_path_without_a_config():
   with pytest.raises(ConfigError, match=r"^train\.steps: 0; at least 1$"):
     config_lib.TrainConfig(steps=0)

@@ -22,6 +22,17 @@ def frozen():
   return ql.quantize_tree(dense, RULES)
 
 
+def test_what_waits_on_the_host_fills_no_device(monkeypatch):
+  class Card:
+    def memory_stats(self):
+      return {"bytes_limit": 1000, "bytes_in_use": 400}
+
+  here = jnp.zeros(25)
+  arguments = here, jax.device_put(here, jax.memory.Space.Host)
+  monkeypatch.setattr(jax, "local_devices", lambda: [Card()])
+  assert memory.available_bytes(arguments) == int(0.95 * (1000 - (400 - 100)))
+
+
 def test_bytes_and_bits_are_counted():
   packed = ql.quantize(jnp.ones((128, 64)), double_quantization=False)
   # 4096 bytes of codes, 2 × 64 float32 scales, 16 levels.

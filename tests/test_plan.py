@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.interpreters import partial_eval
 
 import qlora_jax as ql
 from qlora_jax import lora, plan, train, tree_paths
@@ -94,6 +97,50 @@ def test_products_and_pairs_are_counted():
   assert attention == 2 * (LAYERS // 2) * pairs * 2 * 20 * 7
   _, again = plan.operations(windowed, dataclasses.replace(step, remat="full"))
   assert again == attention * 9 // 7
+
+
+def _dots(jaxpr: Any) -> int:
+  """FLOPs of all dot products, those of a scan by its length."""
+  count = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      shape = equation.invars[0].aval.shape
+      each = math.prod(shape[axis] for axis in contracted)
+      count += 2 * each * math.prod(equation.outvars[0].aval.shape)
+    inner = sum(_dots(sub) for sub in jaxprs_in_params(equation.params))
+    count += equation.params.get("length", 1) * inner
+  return count
+
+
+@pytest.mark.parametrize("policy", ["full", "mlp", "elementwise", "none"])
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_what_a_norm_has_computed_again(policy, chunk):
+  """Products of a traced gradient, beyond those of a model without that norm."""
+
+  def counts(**fields):
+    config = TransformerConfig(64, 32, 96, 3, 4, 2, 8, **fields)
+    model = Transformer(config, jnp.float32, policy, attention="plain", mlp_chunk=chunk)
+    frozen = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+
+    def gradient(x, frozen):
+      return jax.grad(lambda x: model.apply({"frozen": frozen}, x, method="blocks")[0].sum())(x)
+
+    x = jax.ShapeDtypeStruct((1, 64, 32), jnp.float32)
+    jaxpr: Any = jax.make_jaxpr(gradient)(x, frozen).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True], True)
+    return _dots(needed), plan.operations(config, plan.Step(1, 64, policy, chunk))[0]
+
+  norms: Any = (
+    {"qk_norm": "head"},
+    {"qk_norm": "full", "fused_projections": True},
+    {"post_norms": True},
+    {"qk_norm": "head", "post_norms": True},
+  )
+  found, expected = counts()
+  for fields in norms:
+    other, planned = counts(**fields)
+    assert other - found == planned - expected, fields
 
 
 def test_the_longest_and_the_largest():

@@ -95,6 +95,17 @@ def test_where_compiled_programs_are_kept(cache, tmp_path):
   assert list((tmp_path / "default").iterdir())
 
 
+def test_a_directory_is_the_users_and_is_made(cache, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  environment.keep_compiled_programs("~/own", tmp_path / "default")
+  assert environment.compiled_programs() == str(tmp_path / "own")
+  environment.keep_compiled_programs("gs://bucket/own", tmp_path / "default")
+  assert environment.compiled_programs() == "gs://bucket/own"
+  (tmp_path / "file").touch()
+  with pytest.raises(OSError, match="file"):
+    environment.keep_compiled_programs(str(tmp_path / "file" / "own"), tmp_path / "default")
+
+
 def test_another_place_is_no_other_run():
   draft = config_lib.defaults()
   draft.name, draft.pretrain.steps, draft.data.synthetic, draft.data.seq_len = "x", 2, "tales", 64

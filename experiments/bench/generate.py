@@ -58,6 +58,14 @@ def measure(model: Transformer, frozen: Any, batch: int, context: int) -> dict[s
   }
 
 
+def batches(text: str) -> tuple[int, ...]:
+  """What `--batch` lists; argparse makes its ValueError one of the user's."""
+  found = tuple(map(int, text.split(",")))
+  if min(found) < 1:
+    raise ValueError(f"{text}: a batch has at least one row")
+  return found
+
+
 def main(argv: Sequence[str]) -> int:
   """Measures what `argv` asks for, and writes the JSON."""
   parser = argparse.ArgumentParser(
@@ -68,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--out", type=Path, required=True)
   parser.add_argument("--model", default="llama-8b", choices=SHAPES)
   parser.add_argument("--context", type=int, default=2048)
-  parser.add_argument("--batch", default="1")
+  parser.add_argument("--batch", type=batches, default="1", help="sizes, with commas between")
   arguments = parser.parse_args(argv)
   if arguments.context <= _SHORT + _MORE:
     parser.error(f"--context {arguments.context}; more than {_SHORT + _MORE}")
@@ -81,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
   table = 0 if model.config.tie_embeddings else frozen["embed"]["embedding"].nbytes
   read = tree_paths.tree_bytes(frozen) - table
   results = []
-  for batch in map(int, arguments.batch.split(",")):
+  for batch in arguments.batch:
     found = measure(model, frozen, batch, arguments.context) | {"bytes_read": read}
     if copied is not None:
       found["share_of_floor"] = read / copied / found["step_seconds"]

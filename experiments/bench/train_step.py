@@ -205,8 +205,10 @@ def planner(row: Row) -> plan.Planner:
 
 def planned_device(kind: str) -> plan.Device | None:
   """The data sheet of a device by JAX's name for it; None without one."""
-  words = re.sub(r"[^a-z0-9]+", "-", kind.lower()).split("-")
-  names = {"a100": "a100-40gb" if "40gb" in words else "a100", "lite": "v5e"}
+  # "TPU v5 lite" is sold as v5e; JAX says "GeForce RTX 4090".
+  name = re.sub(r"\b(v\d) lite\b", r"\1e", kind.lower()).replace("rtx ", "rtx")
+  words = re.sub(r"[^a-z0-9]+", "-", name.replace("rtxa6000", "a6000")).split("-")
+  names = {"a100": "a100-40gb" if "40gb" in words else "a100"}
   found = [names.get(word, word) for word in words]
   return next((plan.DEVICES[name] for name in found if name in plan.DEVICES), None)
 

@@ -12,7 +12,8 @@ From the least memory to the most, of a decoder layer:
 No policy changes a result but by rounding: what is computed again may be fused otherwise, and what
 XLA fuses is not rounded to 16 bits on the way.
 "All but what ends the layer": the last product's result enters nothing that has a gradient, so
-XLA drops it.
+XLA drops it. Not so before a norm, whose gradient is taken at what entered it: where q and k have
+norms, or a block's result has one, the products before those are computed again as well.
 """
 
 from collections.abc import Callable

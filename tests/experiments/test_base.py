@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+import filelock
 import numpy as np
 import pytest
 
@@ -102,6 +103,12 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(
 def test_a_directory_is_of_one_recipe(cfg, trained):
   with pytest.raises(ValueError, match=r"another recipe: pretrain\.steps differ"):
     base.train_in(dataclasses.replace(cfg, steps=9), trained)
+
+
+def test_one_process_at_a_time_trains_in_a_directory(cfg, trained):
+  with filelock.FileLock(trained / "lock"):
+    with pytest.raises(ValueError, match="another process is training this base"):
+      base.train_in(cfg, trained)
 
 
 def test_a_text_that_changes_is_another_recipe(cfg, trained, tmp_path, monkeypatch):

@@ -28,6 +28,13 @@ def test_a_context_that_holds_no_prompt_is_refused(tmp_path, capsys):
   assert "--context 40; more than 40" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("batch", ["1,x", "0", ""])
+def test_a_batch_that_is_none_is_refused(batch, tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    generate.main(["--out", str(tmp_path / "x"), "--model", "tiny", f"--batch={batch}"])
+  assert "argument --batch" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(gpu_compile.unavailable() is None, reason="the GPU's compiler is installed")
 def test_without_the_compiler_it_says_what_is_missing(tmp_path, capsys):
   assert gpu_compile.main(["--out", str(tmp_path / "x.json")]) == 2

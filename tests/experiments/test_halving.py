@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import command_line, halving, report, run, trial
+from experiments import command_line, halving, report, run, sweep, trial
 from experiments.bench import halving as bench
 from qlora_jax import config as config_lib
 from qlora_jax import metrics, sweeps
@@ -152,6 +152,16 @@ def test_what_failed_ranks_last_and_is_not_called_stopped(tmp_path):
   assert stopped == [trials[1]] and halving.stopped(tmp_path / trials[0].id) is None
 
 
+def test_a_seed_that_failed_and_then_did_not_takes_its_setting_with_it(tmp_path):
+  losses = {(1e-3, 0): 1.0, (1e-3, 1): math.nan, (2e-3, 0): 2.0, (2e-3, 1): 2.0}
+  trials = made(tmp_path, losses)
+  assert halving.decide(trials, lambda id: tmp_path / id, 10, 2) == trials[:1]
+  line = {"step": 10, "time": 0.0, "held_out_loss": 1.1}
+  (tmp_path / trials[1].id / metrics.METRICS_FILE).write_text(json.dumps(line) + "\n")
+  assert halving.decide(trials, lambda id: tmp_path / id, 10, 2) == trials[2:]
+  assert [halving.stopped_at(tmp_path / each.id) for each in trials] == [0, 0, 10, 10]
+
+
 def test_16bit_lora_that_others_are_compared_with_goes_on():
   draft = config_lib.defaults()
   draft.name, draft.model.path, draft.data.path = "made", "/nowhere", "/nowhere/text.txt"
@@ -185,7 +195,7 @@ def test_a_sweep_without_rungs_is_refused(config, tmp_path, capsys):
   assert main(config, tmp_path / "s", "--halving=1") == 2
   assert "halving: 1; one setting in 2 or more goes on" in capsys.readouterr().err
   for flags, message in (
-    (("--halving=x",), "flag --halving=x; a number is needed"),
+    (("--halving=x",), "flag --halving=x; a whole number is needed"),
     (("--halving=2", "--index=0"), "--halving: with --index, which runs one trial"),
     (("--halving=2", "--ray"), "--halving: with --ray, which compares no trials"),
   ):
@@ -193,6 +203,17 @@ def test_a_sweep_without_rungs_is_refused(config, tmp_path, capsys):
       main(config, tmp_path / "s", *flags)
     assert message in capsys.readouterr().err
   assert not (tmp_path / "s").exists()
+
+
+def test_a_trial_that_another_process_brought_to_the_rung_is_not_taken_again(config, halved):
+  """Its `stopped.json` would be lost."""
+  place, trials = sweep.Directory(halved), trials_of(config)
+  with sweep._ours(place, trials[2], {}, 3, 2) as ours:
+    assert not ours
+  with sweep._ours(place, trials[2], {}) as ours:  # without halving it goes on
+    assert ours
+  line = sweep._Progress("tiny", place, trials, 2)._line(0)
+  assert line == "tiny: 1/4 done, 0 running, 0 failed, 3 stopped early"
 
 
 def test_the_benchmark_counts_the_steps_that_were_taken(config, halved):

@@ -33,6 +33,16 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
   assert f"fastest that fits: {fastest['remat']}; 100 steps" in text
 
 
+def test_what_is_not_counted_is_named(capsys):
+  assert plan.main([*ARGUMENTS, "--config.train.eval_batch_size=4"]) == 0
+  text = capsys.readouterr().out
+  assert "train.compare_16bit trains on the base in 16 bits as well" in text
+  assert "evaluations of 4 rows" in text
+  alone = ["--config.model.quantize=False", "--config.train.compare_16bit=False"]
+  assert plan.main([*ARGUMENTS, *alone, "--config.train.eval_batch_size=3"]) == 0
+  assert "not counted" not in capsys.readouterr().out.replace("which is not counted here", "")
+
+
 @pytest.mark.parametrize(
   ("argument", "message"),
   [

@@ -48,7 +48,7 @@ def test_a_step_that_does_not_fit_is_explained(monkeypatch):
     yield {}
 
   monkeypatch.setattr(trial, "_train_step", lambda *_: step)
-  training = trial.Training(config(), MODEL, {}, None, None, loop())  # pyright: ignore
+  training = trial.Training(config(), MODEL, {}, None, None, loop(), None)  # pyright: ignore
   with pytest.raises(planned.OutOfMemoryError) as caught:
     trial.train_alone(training, trial.Shared())
   first, *settings = str(caught.value).splitlines()

@@ -222,7 +222,7 @@ def test_flags_of_a_sweep_want_one(tmp_path, capsys, flag):
   [
     (["--index=4"], "--index: 4; the sweep's trials are 0 to 3"),
     (["--index=-1"], "--index: -1; the sweep's trials are 0 to 3"),
-    (["--index=x"], "flag --index=x; a number is needed"),
+    (["--index=x"], "flag --index=x; a whole number is needed"),
     (["--group_size=0"], "--group_size: 0; a number of trials, 1 or more, or auto"),
     (["--group_size=few"], "--group_size: few; a number of trials, 1 or more, or auto"),
     (["--index=1", "--ray"], "--index: with --ray, which runs all trials; give one of the two"),
@@ -517,7 +517,8 @@ def test_ray_sends_a_trial_again_whose_worker_died_or_was_stopped(
     ("ablate_double_quantization", 54, 18),
     ("ablate_formats", 36, 12),
     ("ablate_init", 60, 4),
-    ("two_bits", 21, 3),
+    ("two_bits", 15, 3),
+    ("no_recovery", 6, 2),
     ("ablate_targets", 30, 2),
   ],
 )

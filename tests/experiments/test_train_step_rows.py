@@ -10,6 +10,7 @@ import pytest
 
 import qlora_jax as ql
 from experiments.bench import train_step, train_step_plots
+from qlora_jax import plan
 from qlora_jax.hf import checkpoint, stacks
 from qlora_jax.models.transformer import Transformer
 
@@ -33,7 +34,15 @@ def test_the_plan_stands_beside_a_row():
   assert abs(said["peak_error"]) < 0.05
   assert abs(said["step_error"]) < 0.15
   assert train_step.planned_device("cpu") is None
-  assert train_step.planned_device("TPU v5 lite") == train_step.planned_device("TPU v5e")
+  for kind, name in (
+    ("TPU v5 lite", "v5e"),
+    ("TPU v6 lite", "v6e"),
+    ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ("NVIDIA RTX A6000", "a6000"),
+    ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+    ("NVIDIA H100 80GB HBM3", "h100"),
+  ):
+    assert train_step.planned_device(kind) == plan.DEVICES[name], kind
 
 
 def test_figures_are_drawn(tmp_path):

@@ -63,12 +63,15 @@ def test_levels_are_the_reference_s(name, reference):
 
 
 def test_all_fixed_tables_stand_in_the_reference():
-  """But the zero-point one; formats and learned tables are tested in test_scale_formats.py."""
+  """But zero-points and `int8_signed`; test_scale_formats.py has formats and learned tables."""
   formats = {"nvfp4", "mxfp4"}
   learned = {f"{kind}{bits}" for kind in ("lloyd_max", "any") for bits in (2, 3, 4)}
-  assert set(codebooks.names()) == {*REFERENCE, *BY_BLOCK, "int4_zero_point", *formats, *learned}
-  assert codebooks.get("int4_zero_point").levels == tuple(range(16))
-  assert codebooks.get("int4_zero_point").scale == "minmax"
+  by_offset = {f"int{bits}_zero_point": bits for bits in (2, 3, 4, 8)}
+  others = {"int8_signed", *by_offset, *formats, *learned}
+  assert set(codebooks.names()) == {*REFERENCE, *BY_BLOCK, *others}
+  for name, bits in by_offset.items():
+    assert codebooks.get(name).levels == tuple(range(2**bits))
+    assert codebooks.get(name).scale == "minmax"
 
 
 @pytest.mark.parametrize("name", codebooks.names())

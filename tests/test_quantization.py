@@ -633,7 +633,10 @@ def test_rules_that_agree_may_overlap():
 @pytest.mark.parametrize(
   "rules, messages",
   [
-    ({"layers/*/k": QuantizationConfig()}, ["'layers/*/k' matches no weight", "near", "layers/q"]),
+    (
+      {"layers/*/k": QuantizationConfig()},
+      ["'layers/*/k' matches no weight", "near", "layers/*/q,"],
+    ),
     (
       {"*/norm/*": QuantizationConfig()},
       ["pattern '*/norm/*' matches no matrix, only layers/norm/scale"],

@@ -337,7 +337,9 @@ def test_compare(tmp_path, capsys):
 
 
 def test_the_commands_of_the_readme(tmp_path, monkeypatch):
-  lines = re.findall(r"-m experiments\.report (.*)", (ROOT / "README.md").read_text())
+  lines = re.findall(
+    r"^\.venv/bin/python -m experiments\.report (.*)", (ROOT / "README.md").read_text(), re.M
+  )
   assert len(lines) == 2
   for name, alpha in (("ablate", 16), ("a", 16), ("b", 8)):
     small(tmp_path / "runs" / name, alpha=alpha)

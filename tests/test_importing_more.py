@@ -17,6 +17,9 @@ from jax.sharding import PartitionSpec as P
 from qlora_jax import QuantizationConfig, adapt, dequantize, einsum_layer, linen, lora, nnx
 from qlora_jax.quantized_tensor import is_quantized
 
+# Many programs to compile: for the whole suite, not its quick part.
+pytestmark = pytest.mark.slow
+
 PACK = QuantizationConfig(block_size=8)
 LORA = lora.LoRAConfig(rank=2, targets=("*",))
 WIDTH = 16

@@ -8,6 +8,9 @@ import pytest
 from qlora_jax import QuantizationConfig, lora_init
 from qlora_jax.lora import LoRAConfig
 
+# Many programs to compile: for the whole suite, not its quick part.
+pytestmark = pytest.mark.slow
+
 
 def test_together():
   one = 4 * 4096 * 4096

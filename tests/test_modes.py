@@ -22,6 +22,9 @@ from qlora_jax import QuantizationConfig, config, linen, lora, nnx
 from qlora_jax.models.attention import AttentionName
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 
+# Many programs to compile: for the whole suite, not its quick part.
+pytestmark = pytest.mark.slow
+
 PACK = QuantizationConfig(block_size=8)
 LORA = lora.LoRAConfig(rank=2, targets=("*",))
 

@@ -12,6 +12,9 @@ from qlora_jax import hf
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 from qlora_jax.row_lookup import take_rows
 
+# Many programs to compile: for the whole suite, not its quick part.
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("rows", [256, 100])
 @pytest.mark.parametrize(("codebook", "double"), [("nf4", True), ("int8", False)])

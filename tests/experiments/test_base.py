@@ -15,6 +15,9 @@ from qlora_jax.config import ConfigError, PretrainConfig
 from qlora_jax.evaluate import held_out_loss
 from qlora_jax.train import Interrupted
 
+# Many programs to compile: for the whole suite, not its quick part.
+pytestmark = pytest.mark.slow
+
 TEXT = "the cat sat on the mat; the dog sat on the log. "
 
 

@@ -315,8 +315,8 @@ def _parts(
         jnp.stack([jax.random.fold_in(key, np.uint32(start + i)) for i in range(size)]),
         dense(gradient),
         dense(moment),
-        method,
-        store,
+        method=method,
+        store=store,
       )
     good.append(_are_good(w, some["base"]))
     # Waits, so that no matrix is read before those ahead of it are done with.
@@ -360,20 +360,10 @@ def _restored(w: Any) -> jax.Array:
   return dequantize(w) if is_quantized(w) else w.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=(6, 7))
-def _matrices(
-  w: jax.Array,
-  scaling: jax.Array,
-  rank: jax.Array,
-  key: jax.Array,
-  gradient: jax.Array | None,
-  moment: jax.Array | None,
-  method: _Method,
-  store: QuantizationConfig | np.dtype,
-) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnames=("method", "store"))
+def _matrices(*arrays: jax.Array | None, **how: Any) -> dict[str, Any]:
   """`_matrix` of each of several."""
-  one = functools.partial(_matrix, method=method, store=store)
-  return jax.vmap(one)(w, scaling, rank, key, gradient, moment)
+  return jax.vmap(functools.partial(_matrix, **how))(*arrays)
 
 
 def _matrix(

@@ -27,9 +27,9 @@ def test_layers_together_are_layers_one_by_one(monkeypatch):
   key = jax.random.key(0)
   sizes, matrices = [], lora_init._matrices
 
-  def counted(w, *rest):
+  def counted(w, *rest, **how):
     sizes.append(len(w))
-    return matrices(w, *rest)
+    return matrices(w, *rest, **how)
 
   monkeypatch.setattr(lora_init, "_matrices", counted)
   together = lora_init.initialize(key, dense, rules, cfg)

@@ -87,8 +87,8 @@ def default_tiles(rows: int, w: QuantizedTensor) -> Tiles:
   return Tiles(tile, 1)
 
 
-def unsupported(x: Any, w: QuantizedTensor, tiles: Tiles) -> str | None:
-  """Why the kernel cannot serve the product, or None.
+def undecoded(x: Any, w: QuantizedTensor, multiple: int) -> str | None:
+  """Why codes cannot be decoded in registers, N being cut in multiples of so many; or None.
 
   Args:
     x: `[M, K]`, of a shape and dtype. w: `[K, N]`.
@@ -98,10 +98,17 @@ def unsupported(x: Any, w: QuantizedTensor, tiles: Tiles) -> str | None:
     return f"x is {x.dtype}; bfloat16 or float16"
   if w.bits != 4 or w.zero is not None:
     return "codes of other than 4 bits, or zero-points"
-  if k % GROUP or n % 4:
-    return f"K = {k} and N = {n}; multiples of {GROUP} and 4"
+  if k % GROUP or n % multiple:
+    return f"K = {k} and N = {n}; multiples of {GROUP} and {multiple}"
   if w.block_size not in (16, 32) and w.block_size % 64:
     return f"block size {w.block_size}; 16, 32 or a multiple of 64"
+  return None
+
+
+def unsupported(x: Any, w: QuantizedTensor, tiles: Tiles) -> str | None:
+  """Why the kernel cannot serve the product, or None; of `undecoded`'s arguments."""
+  if reason := undecoded(x, w, 4):
+    return reason
   if (size := shared_bytes(w, tiles)) > _SHARED_BYTES:
     return f"its scales need {size} bytes of shared memory; there are {_SHARED_BYTES}"
   return None
@@ -133,9 +140,21 @@ def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
 
 def shape_of(x: Any, w: QuantizedTensor, tiles: Tiles) -> "Shape":
   """What the program is made for."""
-  nested = w.scales.block_size if isinstance(w.scales, NestedScales) else None
+  return Shape(**measures(x, w), tiles=tiles)
+
+
+def measures(x: Any, w: QuantizedTensor) -> dict[str, Any]:
+  """A `Shape`'s fields, but for its tiles."""
   (m, k), (_, n) = x.shape, w.shape
-  return Shape(m, k, n, w.block_size, nested, x.dtype.name, tiles)
+  nested = w.scales.block_size if isinstance(w.scales, NestedScales) else None
+  return {
+    "m": m,
+    "k": k,
+    "n": n,
+    "block_size": w.block_size,
+    "nested_block_size": nested,
+    "dtype": x.dtype.name,
+  }
 
 
 def scale_operands(scales: Scales) -> list[jax.Array]:

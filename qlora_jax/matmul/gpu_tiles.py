@@ -26,13 +26,12 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.matmul import gpu_threads, manual_axes
-from qlora_jax.matmul.gpu_few_rows import scale_operands
-from qlora_jax.quantized_tensor import GROUP, NestedScales, QuantizedTensor
+from qlora_jax.matmul.gpu_few_rows import measures, scale_operands, undecoded
+from qlora_jax.quantized_tensor import GROUP, QuantizedTensor
 
 # Outputs of a thread block: two warpgroups'.
 COLUMNS = 128
-_ROW_TILES = (32, 64, 128, 256)
-# Tiles of x that a thread block has room for, and use of.
+# By rows, the tiles of x that a thread block has room for, and use of.
 _STAGES = {32: 8, 64: 8, 128: 4, 256: 5}
 _SHARED_BYTES = 227 << 10
 _TABLE_BYTES = 256 * 32 * 4
@@ -94,8 +93,8 @@ class Shape:
 
   @property
   def parts(self) -> int:
-    """Blocks that a plane of 64 is cut in, 1 where a block covers it."""
-    return max(1, 64 // self.block_size)
+    """Blocks that a plane is cut in."""
+    return parts_of(self.block_size)
 
   @property
   def scale_row_bytes(self) -> int:
@@ -116,14 +115,18 @@ class Shape:
     return _SLACK + _TABLE_BYTES + _MAP_BYTES + tiles.k_sets * ring
 
 
+def parts_of(block_size: int) -> int:
+  """Blocks that a plane, 64 of K, is cut in; 1 where a block covers it."""
+  return max(1, 64 // block_size)
+
+
 def default_tiles(rows: int, w: QuantizedTensor) -> Tiles:
   """Tiles that give the GPU's 132 multiprocessors work, as far as N and K allow."""
   k, n = w.shape
-  tile = next((tile for tile in _ROW_TILES if rows <= tile), _ROW_TILES[-1])
+  tile = next((tile for tile in _STAGES if rows <= tile), max(_STAGES))
   blocks = -(-rows // tile) * -(-n // COLUMNS)
   splits = min(max(1, 132 // blocks), 8, k // GROUP)
-  parts = max(1, 64 // w.block_size)
-  return Tiles(tile, 1, splits, _STAGES[tile], promoted=tile * parts <= 64)
+  return Tiles(tile, 1, splits, _STAGES[tile], promoted=tile * parts_of(w.block_size) <= 64)
 
 
 def unsupported(x: Any, w: QuantizedTensor, tiles: Tiles) -> str | None:
@@ -132,15 +135,10 @@ def unsupported(x: Any, w: QuantizedTensor, tiles: Tiles) -> str | None:
   Args:
     x: `[M, K]`, of a shape and dtype. w: `[K, N]`.
   """
+  # Columns are copied 16 codes at a time.
+  if reason := undecoded(x, w, 16):
+    return reason
   k, n = w.shape
-  if x.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"x is {x.dtype}; bfloat16 or float16"
-  if w.bits != 4 or w.zero is not None:
-    return "codes of other than 4 bits, or zero-points"
-  if k % GROUP or n % 16:
-    return f"K = {k} and N = {n}; multiples of {GROUP} and 16"
-  if w.block_size not in (16, 32) and w.block_size % 64:
-    return f"block size {w.block_size}; 16, 32 or a multiple of 64"
   if max(4 * x.shape[0] * max(k, n * tiles.splits), k * n // 2) >= 1 << 32:
     return f"{x.shape[0]} rows of {max(k, n)} or {k * n} weights; offsets have 32 bits"
   shape = shape_of(x, w, tiles)
@@ -151,9 +149,7 @@ def unsupported(x: Any, w: QuantizedTensor, tiles: Tiles) -> str | None:
 
 def shape_of(x: Any, w: QuantizedTensor, tiles: Tiles) -> Shape:
   """What the program is made for."""
-  nested = w.scales.block_size if isinstance(w.scales, NestedScales) else None
-  (m, k), (_, n) = x.shape, w.shape
-  return Shape(m, k, n, w.block_size, nested, x.dtype.name, tiles)
+  return Shape(**measures(x, w), tiles=tiles)
 
 
 def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:

@@ -9,54 +9,27 @@ import pytest
 
 from experiments import trial
 from qlora_jax import calibration, hf, sweeps, tree_paths
-from qlora_jax import config as config_lib
 from qlora_jax.config import BaseQuantization, ConfigError
 from qlora_jax.memory import quantized_bits
-from qlora_jax.models.transformer import Transformer, TransformerConfig
 from qlora_jax.quantization import QuantizationConfig, dequantize, quantize_by
 from qlora_jax.quantized_tensor import is_quantized
+from tests.experiments import tiny_run
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-  cfg = TransformerConfig(
-    vocab_size=256,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-  )
-  model = Transformer(cfg, dtype=jnp.float32)
-  tokens = jnp.zeros((1, 2), jnp.int32)
-  path = tmp_path_factory.mktemp("base") / "model"
-  hf.save(path, model, jax.jit(model.init)(jax.random.key(0), tokens)["frozen"])
-  return path
+  return tiny_run.save_base(tmp_path_factory.mktemp("base") / "model")
 
 
 def config(base, **overrides):
-  draft = config_lib.defaults()
-  draft.name = "tiny"
-  draft.model.path = str(base)
-  draft.model.dtype = draft.model.storage_dtype = "float32"
-  draft.model.remat = "none"
-  draft.quantization.codebook = "nf2"
-  draft.quantization.block_size = 16
-  draft.quantization.calibration_sequences = 3
-  draft.lora.rank = 2
-  draft.data.synthetic = "manuals"
-  draft.data.num_documents = 10
-  draft.data.tokenizer = "bytes"
-  draft.data.seq_len = 32
-  draft.train.steps = 2
-  draft.train.batch_size = 2
-  draft.train.checkpoint_every = 1
-  draft.train.compare_16bit = False
-  return config_lib.from_config_dict(
-    draft, {name.replace("__", "."): value for name, value in overrides.items()}
-  )
+  values = {
+    "quantization.calibration_sequences": 3,
+    "lora.rank": 2,
+    "train.steps": 2,
+    "train.checkpoint_every": 1,
+  }
+  dotted = {name.replace("__", "."): value for name, value in overrides.items()}
+  return tiny_run.config(base, **values | dotted)
 
 
 def prepared(cfg, directory, shared):

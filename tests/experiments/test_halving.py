@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import command_line, halving, report, run, sweep, trial
+from experiments import halving, report, sweep, trial
 from experiments.bench import halving as bench
 from qlora_jax import config as config_lib
 from qlora_jax import metrics, sweeps
 from qlora_jax.config import ConfigError, TrainConfig
 from tests.experiments.test_sweep import CONFIG as SWEEP
+from tests.experiments.test_sweep import main, trials_of
 
 # 1e-7 learns nothing; of the two rates that learn something the higher one wins.
 CONFIG = (
@@ -34,16 +35,6 @@ def config(tmp_path_factory) -> Path:
   path = tmp_path_factory.mktemp("config") / "tiny.py"
   path.write_text(CONFIG)
   return path
-
-
-def trials_of(config: Path):
-  trials = command_line.parse(["--config", str(config)]).trials
-  assert trials is not None
-  return trials
-
-
-def main(config: Path, workdir: Path, *flags: str) -> int:
-  return run.main(["--config", str(config), "--workdir", str(workdir), *flags])
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from experiments import trial
 from qlora_jax import config as config_lib
 from qlora_jax import hf, lora, sweeps, train, tree_paths
-from qlora_jax.models.transformer import Transformer, TransformerConfig
+from tests.experiments import tiny_run
 
 # Models trained and decomposed: many programs to compile.
 pytestmark = pytest.mark.slow
@@ -18,43 +18,18 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-  cfg = TransformerConfig(
-    vocab_size=256,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-  )
-  model = Transformer(cfg, dtype=jax.numpy.float32)
-  tokens = jax.numpy.zeros((1, 2), jax.numpy.int32)
-  path = tmp_path_factory.mktemp("base") / "model"
-  hf.save(path, model, jax.jit(model.init)(jax.random.key(0), tokens)["frozen"])
-  return path
+  return tiny_run.save_base(tmp_path_factory.mktemp("base") / "model")
 
 
 def config(base, **overrides):
-  draft = config_lib.defaults()
-  draft.name = "tiny"
-  draft.model.path = str(base)
-  draft.model.dtype = draft.model.storage_dtype = "float32"
-  draft.model.remat = "none"
-  draft.quantization.codebook = "nf2"
-  draft.quantization.block_size = 16
-  draft.lora.rank = 4
-  draft.lora.init = "loftq"
-  draft.data.synthetic = "manuals"
-  draft.data.num_documents = 10
-  draft.data.tokenizer = "bytes"
-  draft.data.seq_len = 32
-  draft.train.steps = 6
-  draft.train.batch_size = 2
-  draft.train.eval_every = 3
-  draft.train.checkpoint_every = 2
-  draft.train.compare_16bit = False
-  return config_lib.from_config_dict(draft, overrides)
+  values = {
+    "lora.rank": 4,
+    "lora.init": "loftq",
+    "train.steps": 6,
+    "train.eval_every": 3,
+    "train.checkpoint_every": 2,
+  }
+  return tiny_run.config(base, **values | overrides)
 
 
 def run(cfg, workdir):

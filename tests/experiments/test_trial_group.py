@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import command_line, run, sweep, trial, trial_group
+from experiments import sweep, trial, trial_group
 from qlora_jax import metrics, sweeps, trial_groups
 from tests.experiments.test_sweep import CONFIG as SWEEP
+from tests.experiments.test_sweep import main, trials_of
 
 CONFIG = (
   SWEEP.partition("  return config")[0]
@@ -34,16 +35,6 @@ def write(folder: Path, text: str) -> Path:
   path = folder / "tiny.py"
   path.write_text(text)
   return path
-
-
-def trials_of(config: Path):
-  trials = command_line.parse(["--config", str(config)]).trials
-  assert trials is not None
-  return trials
-
-
-def main(config: Path, workdir: Path, *flags: str) -> int:
-  return run.main(["--config", str(config), "--workdir", str(workdir), *flags])
 
 
 def summaries(config: Path, workdir: Path) -> list:

@@ -48,16 +48,15 @@ def generate(
     raise ValueError(f"generate: max_new_tokens {max_new_tokens}; at least 1")
   if not 0 <= temperature < math.inf or (temperature > 0 and key is None):
     raise ValueError(f"generate: temperature {temperature}; 0, or above it with a key")
-  if segment_ids is None:
-    segment_ids = jnp.ones(prompt.shape, jnp.int32)
-  segment_ids = jnp.asarray(segment_ids, jnp.int32)
-  if segment_ids.shape != prompt.shape:
-    raise ValueError(
-      f"generate: segment_ids {list(segment_ids.shape)}; the prompt's shape {list(prompt.shape)}"
-    )
-  empty = np.flatnonzero(~np.asarray(segment_ids != 0).any(1))
-  if empty.size:
-    raise ValueError(f"generate: row {empty[0]} of the prompt is all padding")
+  if segment_ids is not None:
+    segment_ids = jnp.asarray(segment_ids, jnp.int32)
+    if segment_ids.shape != prompt.shape:
+      raise ValueError(
+        f"generate: segment_ids {list(segment_ids.shape)}; the prompt's shape {list(prompt.shape)}"
+      )
+    empty = np.flatnonzero(~np.asarray(segment_ids != 0).any(1))
+    if empty.size:
+      raise ValueError(f"generate: row {empty[0]} of the prompt is all padding")
   key = jax.random.key(0) if key is None else key
   # An array, or None for greedy: all temperatures above 0 share one program.
   divisor = jnp.asarray(temperature, jnp.float32) if temperature > 0 else None
@@ -68,12 +67,18 @@ def generate(
 def _generate(model, variables, prompt, segment_ids, key, temperature, max_new_tokens, eos_id):
   batch, length = prompt.shape
   cache = init_cache(model.config, batch, length + max_new_tokens, model.dtype)
-  hidden, cache = model.apply(variables, prompt, segment_ids, cache=cache, method="hidden")
-  # The last token of a row stands before its right padding.
-  index = jax.lax.broadcasted_iota(jnp.int32, prompt.shape, 1)
-  last = jnp.where(segment_ids != 0, index, 0).max(1)
-  hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-  segment = jnp.take_along_axis(segment_ids, last[:, None], axis=1)
+  hidden, cache = model.apply(
+    variables, prompt, segment_ids, cache=cache, fresh=True, method="hidden"
+  )
+  segment = None
+  if segment_ids is None:
+    hidden = hidden[:, -1]
+  else:
+    # The last token of a row stands before its right padding.
+    index = jax.lax.broadcasted_iota(jnp.int32, prompt.shape, 1)
+    last = jnp.where(segment_ids != 0, index, 0).max(1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    segment = jnp.take_along_axis(segment_ids, last[:, None], axis=1)
 
   def pick(hidden, key):
     logits = model.apply(variables, hidden, method="logits")

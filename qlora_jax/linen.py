@@ -16,17 +16,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.typing import DTypeLike
 
 from qlora_jax import einsum_layer, importing, lora
 from qlora_jax.adapted_product import FIXED, TRAINED, adapted_product, row, scaling_of
-from qlora_jax.matmul import manual_axes, quantized_matmul, sharded
+from qlora_jax.matmul import manual_axes, quantized_matmul, sharded, stacked
 from qlora_jax.packed_evaluation import for_all
 from qlora_jax.quantization import Treatment, dequantize
-from qlora_jax.quantized_tensor import AnyQuantizedTensor, is_quantized
+from qlora_jax.quantized_tensor import AnyQuantizedTensor, QuantizedTensor, is_quantized
 from qlora_jax.row_lookup import take_rows
 
 Initializer = Callable[..., jax.Array]
+
+# Collections that `lend_stacks` makes of `frozen`, for a scan that takes the first whole and the
+# second along axis 0: what all layers are sliced from, and a layer's own number.
+STACKED, NUMBER = "stacks", "layer_number"
 
 
 def weight(
@@ -45,10 +50,32 @@ def weight(
     value = module.variable(
       "frozen", name, lambda: init(module.make_rng("params"), shape, jnp.float32)
     ).value
+    if module.has_variable(STACKED, name):
+      lent = module.get_variable(STACKED, name)
+      # Clamped, though it is within: a bare slice of the numbers would be a copy of its own on a
+      # GPU, by another stream, where this joins what else is computed.
+      index = jnp.minimum(module.get_variable(NUMBER, name), len(lent.codes) - 1)
+      value = dataclasses.replace(value, stack=dataclasses.replace(lent, index=index))
   if tuple(value.shape) != shape:
     path = "/".join((*module.path, name))
     raise ValueError(f"{path}: shape {tuple(value.shape)}; the model's is {shape}")
   return value
+
+
+def lend_stacks(layers: Any) -> Any:
+  """`nn.scan` over layers, each of which remembers the stacks that it is of: `matmul.stacked`."""
+  if not stacked.remembers():
+    return layers
+
+  def lent(variables):
+    frozen = traverse_util.flatten_dict(variables.get("frozen", {}))
+    packed = {path: w for path, w in frozen.items() if isinstance(w, QuantizedTensor)}
+    stacks = {path: stacked.of(w, None) for path, w in packed.items()}
+    numbers = {path: jnp.arange(len(w.codes), dtype=jnp.int32) for path, w in packed.items()}
+    found = {STACKED: stacks, NUMBER: numbers}
+    return variables | {name: traverse_util.unflatten_dict(tree) for name, tree in found.items()}
+
+  return nn.map_variables(layers, ("frozen", STACKED, NUMBER), lent)
 
 
 def plain_weight(

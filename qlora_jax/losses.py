@@ -26,7 +26,10 @@ def cross_entropy(
     z_loss: z, which keeps the sums of exponentials near 1 (Chowdhery et al., PaLM, 2022,
       https://arxiv.org/abs/2204.02311, section 5).
   """
-  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  # By comparison, not by index: an index's gradient is a scatter, for which XLA writes down the
+  # gradient of all logits in float32 and reads it again to round it.
+  ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+  picked = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
   total = jax.nn.logsumexp(logits, axis=-1)
   loss = total - picked
   if z_loss:

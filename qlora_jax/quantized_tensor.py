@@ -114,6 +114,26 @@ class _Counted:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stack:
+  """What a layer was sliced from, for a kernel that reads it where it lies.
+
+  Attributes:
+    codes: `[..., rows, N]` uint8, of all layers.
+    index: `[]` int32, which of their matrices, counted through all leading axes.
+    scales, levels, zero: of all layers, where the kernels read these there too; else None.
+  """
+
+  codes: jax.Array
+  index: jax.Array
+  scales: "Scales | None" = None
+  levels: jax.Array | None = None
+  zero: jax.Array | None = None
+
+
+_register(Stack, ["codes", "index", "scales", "levels", "zero"], [])
+
+
+@dataclasses.dataclass(frozen=True)
 class QuantizedTensor(_Counted):
   """A packed weight; `w ≈ (levels[code] − zero) · scale`. Made by `quantize`.
 
@@ -130,6 +150,7 @@ class QuantizedTensor(_Counted):
     bits: of a code: 2, 3, 4 or 8.
     block_size: weights along K that share a scale.
     padding: rows that round K up to whole units; 0 where K divides.
+    stack: None but in a scan over layers (see `matmul.stacked`); never in what is kept.
   """
 
   codes: jax.Array
@@ -139,6 +160,7 @@ class QuantizedTensor(_Counted):
   bits: int
   block_size: int
   padding: int
+  stack: Stack | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -162,7 +184,11 @@ class QuantizedTensor(_Counted):
     return math.prod(self.shape)
 
 
-_register(QuantizedTensor, ["codes", "scales", "levels", "zero"], ["bits", "block_size", "padding"])
+_register(
+  QuantizedTensor,
+  ["codes", "scales", "levels", "zero", "stack"],
+  ["bits", "block_size", "padding"],
+)
 
 
 class _Wrapper(_Counted):

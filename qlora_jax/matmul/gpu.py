@@ -9,6 +9,7 @@ The library's products of 16 bits are asked for results of 16 bits: asked for fl
 after it, they took 15% longer on an H100.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -17,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.matmul import target
+from qlora_jax.matmul import target, tuning
 from qlora_jax.quantized_tensor import AnyQuantizedTensor, QuantizedTensor
 
-# Up to which each takes the least time (`python -m experiments.bench.matmul`).
+# Up to which each takes the least time (`python -m experiments.bench.matmul`), by the rule.
 MOST_FEW_ROWS = 16
 MOST_TILED_ROWS = 512
 # As `MOST_FEW_ROWS`, where tiles do not serve.
@@ -95,24 +96,58 @@ def _dequantized_product(
   """The library's product of x and the dequantized weight, in x's dtype."""
   from qlora_jax.matmul import gpu_dequantize
 
-  # The barrier ties the weight to this x: see `xla.forward`.
-  x, w, adapter = jax.lax.optimization_barrier((x, w, adapter))
   assert isinstance(w, QuantizedTensor)
-  dense = gpu_dequantize.dequantize(w, x.dtype, adapter=adapter)
+  tiles = dequantize_tiles(w) if adapter is None else gpu_dequantize.Tiles()
+  # The barrier ties the weight to this x: see `xla.forward`. Of a layer that is read from its
+  # stack, the number alone: the slice is not to be made.
+  stack = gpu_dequantize.readable_stack(w)
+  if stack is None:
+    w = dataclasses.replace(w, stack=None)
+    x, w, adapter = jax.lax.optimization_barrier((x, w, adapter))
+  else:
+    x, index, adapter = jax.lax.optimization_barrier((x, stack.index, adapter))
+    w = dataclasses.replace(w, stack=dataclasses.replace(stack, index=index))
+  dense = gpu_dequantize.dequantize(w, x.dtype, tiles, adapter=adapter)
   # One row, asked for 16 bits, was off by more than their rounding (XLA, on an H100).
   wanted = jnp.float32 if _rows(x) <= _MOST_BY_WARPS else x.dtype
   product = jnp.matmul(x, dense.T if transposed else dense, preferred_element_type=wanted)
   return product.astype(x.dtype)
 
 
+def dequantize_tiles(w: QuantizedTensor) -> Any:
+  """The tiles that `w`, `[K, N]`, is dequantized by: as was measured on this device, or any."""
+  from qlora_jax.matmul import gpu_dequantize
+
+  tuned = tuning.find(target.target()[1].device_kind, w)
+  return gpu_dequantize.Tiles(**({} if tuned is None else tuned.tiles))
+
+
 def fused(x: Any, w: QuantizedTensor) -> tuple[Callable | None, str | None]:
   """The kernel that decodes what it multiplies, `kernel(x, w)`; or why few rows have none.
 
-  Neither, where dequantizing first takes less time.
+  Neither, where dequantizing first takes less time. As was measured on this device (`tuning`), or
+  by the rule.
 
   Args:
     x: `[M, K]`, of a shape and dtype. w: `[K, N]`.
   """
+  from qlora_jax.matmul import gpu_few_rows, gpu_tiles
+
+  tuned = tuning.find(target.target()[1].device_kind, w, x.shape[0])
+  if tuned is None:
+    return by_rule(x, w)
+  if tuned.kernel == "dequantize":
+    return None, None
+  kernels = {"few_rows": gpu_few_rows, "tiles": gpu_tiles}
+  kernel: Any = kernels[tuned.kernel]
+  tiles = kernel.Tiles(**tuned.tiles)
+  if kernel.unsupported(x, w, tiles) is not None:
+    return by_rule(x, w)
+  return functools.partial(kernel.product, tiles=tiles), None
+
+
+def by_rule(x: Any, w: QuantizedTensor) -> tuple[Callable | None, str | None]:
+  """As `fused`, of shapes and devices that were not measured."""
   from qlora_jax.matmul import gpu_few_rows, gpu_tiles
 
   rows = x.shape[0]
@@ -124,12 +159,17 @@ def fused(x: Any, w: QuantizedTensor) -> tuple[Callable | None, str | None]:
       return functools.partial(gpu_tiles.product, tiles=tiles), None
   if not 1 <= rows <= _MOST_BY_WARPS:
     return None, None
-  if not 9 <= version < 12:
+  if not runs_thread_programs(device):
     return None, f"{device.device_kind}: its kernel is for Hopper and the data centre's Blackwell"
   tiles = gpu_few_rows.default_tiles(rows, w)
   if reason := gpu_few_rows.unsupported(x, w, tiles):
     return None, reason
   return functools.partial(gpu_few_rows.product, tiles=tiles), None
+
+
+def runs_thread_programs(device: Any) -> bool:
+  """Whether kernels that are said by thread (`gpu_threads`) can be compiled for it."""
+  return 9 <= (capability(device) or 0.0) < 12
 
 
 # Of devices that are not there, which cannot be asked.

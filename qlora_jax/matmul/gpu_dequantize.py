@@ -19,11 +19,12 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from qlora_jax import codebooks
-from qlora_jax.matmul import manual_axes
+from qlora_jax.matmul import manual_axes, stacked
 from qlora_jax.quantized_tensor import (
   GROUP,
   NestedScales,
   QuantizedTensor,
+  Stack,
   plane_rows,
   restore_scales,
 )
@@ -67,6 +68,12 @@ def _padded_rank(rank: int) -> int:
   return max(16, 1 << (rank - 1).bit_length())
 
 
+def readable_stack(w: QuantizedTensor) -> Stack | None:
+  """The stack that `dequantize` reads a layer from, if any: its indices have 32 bits."""
+  stack = stacked.readable(w)
+  return None if stack is None or stack.codes.size >= 1 << 31 else stack
+
+
 def dequantize(
   w: QuantizedTensor,
   dtype: DTypeLike,
@@ -84,17 +91,30 @@ def dequantize(
   k, n = w.shape
   groups, full, _ = plane_rows(k, w.bits)
   rows, uniform = _tile_rows(w, tiles)
-  operands: list[Any] = [w.codes, w.levels.astype(jnp.float32)]
+  # Those of a layer's stack, where it can be read: `[L, …]`, else of a stack of one.
+  stack = readable_stack(w)
+  whole: Any = w if stack is None else stack
+  number = jnp.zeros(1, jnp.int32) if stack is None else stack.index.reshape(1)
+
+  def by_layer(x: jax.Array, ndim: int) -> jax.Array:
+    return x.reshape(-1, *x.shape[x.ndim - ndim :])
+
+  operands: list[Any] = [
+    number,
+    by_layer(whole.codes, 2),
+    whole.levels.astype(jnp.float32).reshape(-1),
+  ]
   nested_block_size = None
-  if isinstance(w.scales, NestedScales):
-    nested_block_size = w.scales.block_size
-    absmax, offset = w.scales.absmax, w.scales.offset.reshape(1)
-    operands += [w.scales.codes, absmax.astype(jnp.float32), offset.astype(jnp.float32)]
+  scales = whole.scales
+  if isinstance(scales, NestedScales):
+    nested_block_size = scales.block_size
+    absmax, offset = scales.absmax.astype(jnp.float32), scales.offset.astype(jnp.float32)
+    operands += [by_layer(scales.codes, 2), absmax.reshape(-1), offset.reshape(-1)]
     operands.append(jnp.asarray(codebooks.dynamic_map()))
   else:
-    operands.append(restore_scales(w.scales))
-  if w.zero is not None:
-    operands.append(w.zero)
+    operands.append(by_layer(restore_scales(scales), 2))
+  if whole.zero is not None:
+    operands.append(by_layer(whole.zero, 2))
   if adapter is not None:
     # Triton's products are of powers of 2, at least 16.
     a, b = adapter
@@ -124,6 +144,7 @@ def dequantize(
 
 
 def _kernel(
+  number,
   codes,
   levels,
   *refs,
@@ -150,17 +171,21 @@ def _kernel(
   column = start + (jnp.arange(columns) if whole else jnp.arange(columns)[None])
   inside = column < n if n % columns else None
 
-  def tile(ref, first):
+  layer = number[0]
+  first_level = layer * np.int32(levels.shape[0] // codes.shape[0])
+
+  def tile(ref, first, *leading):
     """`[rows, columns]` from a row on."""
     if whole:
-      return ref.at[pl.ds(first, rows), pl.ds(start, columns)]
-    return ref.at[tuple(jnp.broadcast_arrays(first + jnp.arange(rows)[:, None], column))]
+      return ref.at[*leading, pl.ds(first, rows), pl.ds(start, columns)]
+    row = first + jnp.arange(rows)[:, None]
+    return ref.at[tuple(jnp.broadcast_arrays(*leading, row, column))]
 
   def of_block(ref, block, mask):
     """A block's row, or, where rows differ in theirs, `[rows, columns]`."""
     if whole:
-      return triton.load(ref.at[block, pl.ds(start, columns)])
-    index = jnp.broadcast_arrays(block, column)
+      return triton.load(ref.at[layer, block, pl.ds(start, columns)])
+    index = jnp.broadcast_arrays(layer, block, column)
     return triton.load(ref.at[tuple(index)], **masked(mask, index[0].shape))
 
   def masked(mask, shape):
@@ -181,15 +206,17 @@ def _kernel(
       return of_block(scales[0], block, mask).astype(jnp.float32)
     quantized, absmax, offset, dynamic_map = scales
     # The flat index of bitsandbytes' order, [out, in].
-    flat = (column * np.int32(quantized.shape[0]) + block) // np.int32(nested_block_size)
+    layers, blocks, _ = quantized.shape
+    flat = (column * np.int32(blocks) + block) // np.int32(nested_block_size)
+    flat += layer * np.int32(absmax.shape[0] // layers)
     largest = triton.load(absmax.at[flat], **masked(mask, flat.shape))
     code = of_block(quantized, block, mask).astype(jnp.int32)
     product = triton.load(dynamic_map.at[code]) * largest
     # As `restore_scales`: two roundings.
-    return jnp.where(code == 127, 0.0, product) + offset[0]
+    return jnp.where(code == 127, 0.0, product) + offset[layer]
 
   def run(part, parts):
-    ref = tile(codes, (group * parts + part) * full + within)
+    ref = tile(codes, (group * parts + part) * full + within, layer)
     return triton.load(ref, **masked(rows_below(full), (rows, columns))).astype(jnp.uint32)
 
   if bits == 3:
@@ -208,7 +235,7 @@ def _kernel(
     else:
       block, block_mask = (first + jnp.arange(rows)[:, None]) // np.int32(block_size), mask
     code = (word >> np.uint32(bits * plane)) & np.uint32(2**bits - 1)
-    value = triton.load(levels.at[code.astype(jnp.int32)])
+    value = triton.load(levels.at[first_level + code.astype(jnp.int32)])
     if zero is not None:
       value = value - by_rows(of_block(zero, block, block_mask).astype(jnp.float32))
     value = value * by_rows(restore(block, block_mask))

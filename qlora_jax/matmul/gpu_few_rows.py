@@ -22,6 +22,7 @@ as B agrees: so a lane's are consecutive, and read in words.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -29,12 +30,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax import codebooks
-from qlora_jax.matmul import gpu_threads, manual_axes
+from qlora_jax.matmul import gpu_threads, manual_axes, stacked
 from qlora_jax.quantized_tensor import (
   GROUP,
   NestedScales,
   QuantizedTensor,
-  Scales,
   restore_scales,
 )
 
@@ -122,8 +122,9 @@ def shared_bytes(w: QuantizedTensor, tiles: Tiles) -> int:
 def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
   """`[M, K] · [K, N] → [M, N]` in x's dtype, accumulated in float32. The same bits at every run."""
   shape = shape_of(x, w, tiles)
+  number, operands, strides = weight_operands(w)
   kernel = plgpu.kernel(
-    functools.partial(_kernel, shape),
+    functools.partial(_kernel, shape, strides),
     out_type=jax.ShapeDtypeStruct((shape.m, shape.n), x.dtype),
     grid=(-(-shape.m // tiles.rows), -(-shape.n // tiles.columns)),
     grid_names=("rows", "columns"),
@@ -133,7 +134,7 @@ def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     kernel_name="few_rows",
   )
-  y = kernel(x, w.codes, w.levels.astype(jnp.float32), *scale_operands(w.scales))
+  y = kernel(*number, x, *operands)
   # The kernel's own result does not say what it varies over.
   return manual_axes.cast(y, manual_axes.varying(x, *jax.tree.leaves(w)))
 
@@ -157,12 +158,31 @@ def measures(x: Any, w: QuantizedTensor) -> dict[str, Any]:
   }
 
 
-def scale_operands(scales: Scales) -> list[jax.Array]:
-  """What a kernel reads them from: `[K/B, N]` float32, or of nested ones what restores them."""
-  if not isinstance(scales, NestedScales):
-    return [restore_scales(scales)]
-  absmax, offset = (x.astype(jnp.float32) for x in (scales.absmax, scales.offset.reshape(1)))
-  return [scales.codes, absmax, offset, jnp.asarray(codebooks.dynamic_map())]
+def weight_operands(
+  w: QuantizedTensor,
+) -> tuple[list[jax.Array], list[jax.Array], tuple[int, ...] | None]:
+  """What a kernel reads the weight from, and how the layers of a stack lie apart.
+
+  Returns:
+    Of a layer that remembers its stack, its number, `[1]`. The codes, the levels, and the scales,
+    `[K/B, N]` float32, or of nested ones what restores them; of such a layer, those of the stack.
+    The bytes between its layers, of each of them; None of a weight that has no stack.
+  """
+  layered = stacked.readable(w)
+  whole: Any = w if layered is None else layered
+  arrays = [whole.codes, whole.levels.astype(jnp.float32)]
+  scales, shared = whole.scales, []
+  if isinstance(scales, NestedScales):
+    arrays += [scales.codes, scales.absmax.astype(jnp.float32)]
+    arrays.append(scales.offset.astype(jnp.float32).reshape(-1))
+    shared = [jnp.asarray(codebooks.dynamic_map())]
+  else:
+    arrays.append(restore_scales(scales))
+  if layered is None:
+    return [], arrays + shared, None
+  layers = math.prod(whole.codes.shape[:-2])
+  strides = [x.size * x.dtype.itemsize // layers for x in arrays]
+  return [layered.index.reshape(1)], arrays + shared, (*strides, *(0 for _ in shared))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +198,15 @@ class Shape:
   tiles: Tiles
 
 
-def _kernel(shape: Shape, *refs: Any) -> None:
-  *operands, y, shared = refs
+def _kernel(shape: Shape, strides: tuple[int, ...] | None, *refs: Any) -> None:
   rows, columns = jax.lax.axis_index("rows"), jax.lax.axis_index("columns")
-  gpu_threads.run(functools.partial(program, shape), [*operands, y, shared], [rows, columns])
+  indices = [rows, columns]
+  gpu_threads.run(functools.partial(program, shape), refs, indices, all_strides(strides))
+
+
+def all_strides(strides: tuple[int, ...] | None) -> tuple[int, ...] | None:
+  """With those of x and y, which are no stacks."""
+  return None if strides is None else (0, *strides, 0)
 
 
 def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> None:

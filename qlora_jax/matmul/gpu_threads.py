@@ -22,18 +22,29 @@ utils: Any = _typed_utils
 _NAMES = {"bfloat16": "bf16", "float16": "f16"}
 
 
-def run(program: Callable, refs: Sequence[Any], indices: Sequence[jax.Array]) -> None:
+def run(
+  program: Callable,
+  refs: Sequence[Any],
+  indices: Sequence[jax.Array],
+  strides: Sequence[int] | None = None,
+) -> None:
   """Runs `program(thread, pointers, indices)` in each thread of the block.
 
   Args:
     refs: in global memory, all but the last, which is in shared memory.
     indices: int32 scalars.
+    strides: bytes by which the layers of a stack lie apart, of each ref in global memory but the
+      first: that holds the number of the layer, int32, and the program sees the others, at it.
   """
   types = [plgpu.RefType()] * len(refs) + [plgpu.Layout.WG_SPLAT(())] * len(indices)
 
   @plgpu.inline_mgpu(arg_types=tuple(types))
   def inline(_, *args):
     pointers = [_address(arg, 64) for arg in args[: len(refs) - 1]]
+    if strides is not None:
+      number, *pointers = pointers
+      layer = Thread().load(number, Integer(arith.constant(_i32(), 0)), "u32").value
+      pointers = [_advanced(*each, layer) for each in zip(pointers, strides, strict=True)]
     pointers.append(Integer(_address(args[len(refs) - 1], 32)))
     program(Thread(), pointers, [Integer(x.registers.item()) for x in args[len(refs) :]])
 
@@ -42,6 +53,15 @@ def run(program: Callable, refs: Sequence[Any], indices: Sequence[jax.Array]) ->
 
 def _address(ref: Any, width: int) -> Any:
   return llvm.ptrtoint(ir.IntegerType.get_signless(width), utils.memref_ptr(ref))
+
+
+def _advanced(pointer: Any, stride: int, count: Any) -> Any:
+  """With 64 bits: a stack may have more bytes than 32 count."""
+  if not stride:
+    return pointer
+  wide = pointer.type
+  step = arith.muli(arith.extui(wide, count), arith.constant(wide, stride))
+  return arith.addi(pointer, step)
 
 
 def _i32() -> Any:
@@ -65,6 +85,9 @@ class Integer:
 
   def __add__(self, other):
     return self._binary(arith.addi, other)
+
+  def __sub__(self, other):
+    return self._binary(arith.subi, other)
 
   def __mul__(self, other):
     return self._binary(arith.muli, other)
@@ -118,6 +141,10 @@ class Thread:
   def float(self, value: float) -> Any:
     """A float32 constant."""
     return arith.constant(ir.F32Type.get(), value)
+
+  def advance(self, pointer: Any, count: Integer, stride: int) -> Any:
+    """The pointer behind `count` items of so many bytes, counted with 64 bits."""
+    return _advanced(pointer, stride, count.value)
 
   def load(self, pointer: Any, offset: Integer, kind: str, inside: Integer | None = None) -> Any:
     """A "u32" or "f32" of global memory that no one writes; 0 where not `inside`."""
@@ -275,6 +302,18 @@ class Thread:
     """One of two constants."""
     chosen = arith.select(condition.value, self.integer(yes).value, self.integer(no).value)
     return Integer(chosen)
+
+  def choose(self, condition: Integer, yes: Any, no: Any) -> Any:
+    """One of two float32."""
+    return arith.select(condition.value, yes, no)
+
+  def maximum(self, a: Any, b: Any) -> Any:
+    """The larger of two float32."""
+    return utils.inline_ptx("max.f32 $0, $1, $2;", a, b, result_types=ir.F32Type.get())
+
+  def exp2(self, a: Any) -> Any:
+    """2 to the power of a float32, to 2 units in the last place."""
+    return utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", a, result_types=ir.F32Type.get())
 
   def minimum(self, a: Integer, b: int) -> Integer:
     """The smaller of the two."""

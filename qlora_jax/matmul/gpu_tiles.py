@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qlora_jax.matmul import gpu_threads, manual_axes
-from qlora_jax.matmul.gpu_few_rows import measures, scale_operands, undecoded
+from qlora_jax.matmul.gpu_few_rows import all_strides, measures, undecoded, weight_operands
 from qlora_jax.quantized_tensor import GROUP, QuantizedTensor
 
 # Outputs of a thread block: two warpgroups'.
@@ -157,8 +157,9 @@ def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
   shape = shape_of(x, w, tiles)
   parts = tiles.splits > 1
   out = jax.ShapeDtypeStruct((tiles.splits, shape.m, shape.n), jnp.float32 if parts else x.dtype)
+  number, operands, strides = weight_operands(w)
   kernel = plgpu.kernel(
-    functools.partial(_kernel, shape),
+    functools.partial(_kernel, shape, strides),
     out_type=out,
     grid=(grid_size(shape),),
     grid_names=("tile",),
@@ -168,7 +169,7 @@ def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     kernel_name="tiles",
   )
-  y = kernel(x, w.codes, w.levels.astype(jnp.float32), *scale_operands(w.scales))
+  y = kernel(*number, x, *operands)
   # The kernel's own result does not say what it varies over.
   y = manual_axes.cast(y, manual_axes.varying(x, *jax.tree.leaves(w)))
   return jnp.sum(y, 0).astype(x.dtype) if parts else y[0]
@@ -179,10 +180,9 @@ def grid_size(shape: Shape) -> int:
   return -(-shape.m // shape.tiles.rows) * -(-shape.n // COLUMNS) * shape.tiles.splits
 
 
-def _kernel(shape: Shape, *refs: Any) -> None:
-  *operands, y, shared = refs
+def _kernel(shape: Shape, strides: tuple[int, ...] | None, *refs: Any) -> None:
   tile = jax.lax.axis_index("tile")
-  gpu_threads.run(functools.partial(program, shape), [*operands, y, shared], [tile])
+  gpu_threads.run(functools.partial(program, shape), refs, [tile], all_strides(strides))
 
 
 def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> None:

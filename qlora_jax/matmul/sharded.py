@@ -92,7 +92,11 @@ def weight_specs(w: QuantizedTensor, partition: Partition, leading: int = 0) -> 
   if isinstance(w.scales, NestedScales | TwoLevelScales):
     scales = dataclasses.replace(jax.tree.map(lambda leaf: P(), w.scales), codes=cut)
   zero = None if w.zero is None else cut
-  return dataclasses.replace(whole, codes=cut, scales=scales, zero=zero)
+  stack = w.stack
+  if stack is not None:
+    leading = [None] * (stack.codes.ndim - 2)
+    stack = dataclasses.replace(whole.stack, codes=P(*leading, k_axis, n_axis))
+  return dataclasses.replace(whole, codes=cut, scales=scales, zero=zero, stack=stack)
 
 
 def sharded_matmul(
@@ -117,6 +121,13 @@ def sharded_matmul(
     raise ValueError(f"sharded_matmul: {reason}")
   # The map of nested scales goes by where a block lies in the whole weight.
   w = jax.lax.stop_gradient(dataclasses.replace(w, scales=restore_scales(w.scales)))
+  if _GATHERED in _present(partition):
+    # What is gathered is no part of a stack.
+    w = dataclasses.replace(w, stack=None)
+  elif w.stack is not None:
+    # Nor are scales that were restored.
+    own = dataclasses.replace(w.stack, scales=None, levels=None, zero=None)
+    w = dataclasses.replace(w, stack=own)
   specs = weight_specs(w, partition)
   k_axis, n_axis = specs.codes
   batch = _present(_BATCH)

@@ -4,6 +4,7 @@ It was compiled for v5e, v5p, v6e and v7x by their compiler, and its numbers che
 mode; it has run on none of them.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -42,16 +43,20 @@ def forward(x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   """`[..., K] · [K, N] → [..., N]`, accumulated in float32, in x's dtype."""
   from qlora_jax.matmul import tpu_tiles
 
-  # The barrier ties the decoding of the scales to this x: see `xla.forward`.
-  x, w = jax.lax.optimization_barrier((x, w))
-  assert isinstance(w, QuantizedTensor)
-  return tpu_tiles.product(x, w)
+  return tpu_tiles.product(*_tied(x, w))
 
 
 def input_gradient(g: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   """`[..., N] · [K, N]ᵀ → [..., K]`, in g's dtype."""
   from qlora_jax.matmul import tpu_tiles
 
-  g, w = jax.lax.optimization_barrier((g, w))
+  return tpu_tiles.product(*_tied(g, w), transposed=True)
+
+
+def _tied(x: jax.Array, w: AnyQuantizedTensor) -> tuple[jax.Array, QuantizedTensor]:
+  """Both, the restoring of the scales tied to this x by a barrier: see `xla.forward`."""
   assert isinstance(w, QuantizedTensor)
-  return tpu_tiles.product(g, w, transposed=True)
+  # Not the codes, which the kernel alone reads: those of a layer that remembers its stack are not
+  # there but as a slice that XLA drops.
+  x, tied = jax.lax.optimization_barrier((x, dataclasses.replace(w, codes=None, stack=None)))  # pyright: ignore[reportArgumentType]
+  return x, dataclasses.replace(tied, codes=w.codes, stack=w.stack)

@@ -3,6 +3,7 @@
 A grid step holds a tile of codes, which the pipeline fetched while the step before it computed;
 decodes it into a `[k, n]` tile of x's dtype; and multiplies all the rows of x that fit by it. No
 dequantized weight is written to HBM. The input gradient decodes the same tiles, and contracts n.
+Of a layer that remembers its stack (`stacked`), the pipeline fetches the tiles from the stack.
 
 Two units share the decode. By sublane: a table of 16 levels lies along the 8 sublanes of two
 registers, the low three bits of a code pick a sublane in each, and the fourth chooses; that is the
@@ -180,6 +181,9 @@ def product(
     return jnp.zeros((*x.shape[:-1], k if transposed else n), x.dtype)
   layout = Layout.of(w, tiles or default_tiles())
   rows = jnp.pad(rows, ((0, 0), (0, -n % _LANES))) if transposed else _split_planes(rows, w, layout)
+  if w.stack is not None and (layout.ragged or n % _LANES):
+    # The codes are padded ahead of the kernel: those of this layer alone.
+    w = dataclasses.replace(w, stack=None)
   operands = _operands(w, layout)
   m = min(len(rows), layout.rows)
   padded_n, padded_k = n + -n % _LANES, _padded(k, layout)
@@ -189,32 +193,40 @@ def product(
     (kept, kept_tile), (summed, summed_tile) = (summed, summed_tile), (kept, kept_tile)
 
   def place(index):
-    return lambda i, kept, summed: index(*((kept, summed) if transposed else (summed, kept)))
+    return lambda i, kept, summed, layer: index(
+      *((kept, summed) if transposed else (summed, kept)), layer[0]
+    )
 
-  arrays = manual_axes.alike(rows, *(operand.array for operand in operands))
+  layer = jnp.zeros(1, jnp.int32) if w.stack is None else w.stack.index.reshape(1)
+  layer, *arrays = manual_axes.alike(layer, rows, *(operand.array for operand in operands))
+  # Of a stack, one layer's codes.
+  moved = (arrays[0], w.codes, *arrays[2:])
   manual: Any = {"manual_axis_type": jax.typeof(arrays[0]).manual_axis_type}
   y = pl.pallas_call(
     functools.partial(_kernel, layout=layout, transposed=transposed),
     out_shape=jax.ShapeDtypeStruct((len(rows), kept), x.dtype, **manual),
-    grid=(pl.cdiv(len(rows), m), kept // kept_tile, summed // summed_tile),
-    in_specs=[
-      pl.BlockSpec((m, summed_tile), lambda i, kept, summed: (i, summed)),
-      *(pl.BlockSpec(each.block, place(each.index)) for each in operands),
-    ],
-    out_specs=pl.BlockSpec((m, kept_tile), lambda i, kept, summed: (i, kept)),
-    scratch_shapes=[pltpu.VMEM((m, kept_tile), jnp.float32)],
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(pl.cdiv(len(rows), m), kept // kept_tile, summed // summed_tile),
+      in_specs=[
+        pl.BlockSpec((m, summed_tile), lambda i, kept, summed, layer: (i, summed)),
+        *(pl.BlockSpec(each.block, place(each.index)) for each in operands),
+      ],
+      out_specs=pl.BlockSpec((m, kept_tile), lambda i, kept, summed, layer: (i, kept)),
+      scratch_shapes=[pltpu.VMEM((m, kept_tile), jnp.float32)],
+    ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
       vmem_limit_bytes=_VMEM_LIMIT,
     ),
     cost_estimate=pl.CostEstimate(
       flops=2 * len(rows) * padded_k * padded_n,
-      bytes_accessed=sum(array.nbytes for array in arrays) + len(rows) * kept * x.dtype.itemsize,
+      bytes_accessed=sum(array.nbytes for array in moved) + len(rows) * kept * x.dtype.itemsize,
       transcendentals=0,
     ),
     interpret=interpret,
     name="quantized_matmul_gradient" if transposed else "quantized_matmul",
-  )(*arrays)
+  )(layer, *arrays)
   y = _join_planes(y, w, layout) if transposed else y[:, :n]
   return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -225,7 +237,7 @@ class _Operand:
 
   Attributes:
     block: its shape.
-    index: `(tile of K, tile of N) →` where it is, in blocks.
+    index: `(tile of K, tile of N, layer of a stack) →` where it is, in blocks.
   """
 
   array: jax.Array
@@ -241,9 +253,13 @@ def _operands(w: QuantizedTensor, layout: Layout) -> list[_Operand]:
     unit = codes.reshape(-1, plane_rows(w.shape[0], w.bits)[1], codes.shape[1])
     codes = jnp.pad(unit, ((0, 0), (0, layout.plane - unit.shape[1]), (0, 0)))
     codes = codes.reshape(-1, codes.shape[-1])
-  codes = jnp.pad(codes, ((0, 0), (0, columns)))
+  codes = jnp.pad(codes, ((0, 0), (0, columns))) if w.stack is None else w.stack.codes
   operands = [
-    _Operand(codes, (layout.byte_rows, layout.n), lambda t, j: (t, j)),
+    _Operand(
+      codes.reshape(-1, *codes.shape[-2:]),
+      (None, layout.byte_rows, layout.n),
+      lambda t, j, layer: (layer, t, j),
+    ),
     _whole(_tables(w.levels.astype(jnp.float32), w.bits)),
   ]
 
@@ -259,7 +275,7 @@ def _operands(w: QuantizedTensor, layout: Layout) -> list[_Operand]:
     return _Operand(
       blocks.reshape(-1, rows, blocks.shape[1]),
       (None, rows, layout.n),
-      lambda t, j: (t // tiles_a_row, 0, j),
+      lambda t, j, _: (t // tiles_a_row, 0, j),
     )
 
   if layout.nested:
@@ -277,7 +293,7 @@ def _operands(w: QuantizedTensor, layout: Layout) -> list[_Operand]:
 
 def _whole(array: jax.Array) -> _Operand:
   """An operand that every tile reads whole."""
-  return _Operand(array, array.shape, lambda t, j: (0,) * array.ndim)
+  return _Operand(array, array.shape, lambda t, j, _: (0,) * array.ndim)
 
 
 def _tables(levels: jax.Array, bits: int) -> jax.Array:
@@ -311,7 +327,7 @@ def _absmax(scales: NestedScales, layout: Layout, columns: int) -> _Operand:
   each = each[: n * blocks // run].reshape(n, -1).T
   each = jnp.pad(each, ((0, 0), (0, columns)))
   tiles_a_run = run * layout.block // layout.k
-  return _Operand(each[:, None], (None, 1, layout.n), lambda t, j: (t // tiles_a_run, 0, j))
+  return _Operand(each[:, None], (None, 1, layout.n), lambda t, j, _: (t // tiles_a_run, 0, j))
 
 
 def _padded(k: int, layout: Layout) -> int:
@@ -342,8 +358,9 @@ def _join_planes(y: jax.Array, w: QuantizedTensor, layout: Layout) -> jax.Array:
 # The kernel
 
 
-def _kernel(x_ref, codes_ref, table_ref, *refs, layout: Layout, transposed: bool):
+def _kernel(layer_ref, x_ref, codes_ref, table_ref, *refs, layout: Layout, transposed: bool):
   """One tile: see the module."""
+  del layer_ref  # it is what the codes were found by
   *parameters, y_ref, sum_ref = refs
   step = pl.program_id(2)
 

@@ -1,9 +1,9 @@
-"""Causal attention: which keys a query sees, and three ways to compute it.
+"""Causal attention: which keys a query sees, and four ways to compute it.
 
 `plain` holds all T × S logits, and is the definition. `blockwise` holds one block of them at a
 time, in both directions: memory linear in T, on every backend (Dao et al., FlashAttention-2, 2023,
-https://arxiv.org/abs/2307.08691). `cudnn` is the GPU library's fused kernel. `choose` says which of
-them takes a case.
+https://arxiv.org/abs/2307.08691). `cudnn` is the GPU library's fused kernel, `decode` a kernel for
+one token over a layer of the cache (`gpu_decode`). `choose` says which of them takes a case.
 
 B batch, T queries, S keys, H heads, G groups of H / G query heads that share a key and value head,
 h head width.
@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qlora_jax.matmul import gpu, target
 
-AttentionName = Literal["plain", "blockwise", "cudnn"]
+AttentionName = Literal["plain", "blockwise", "cudnn", "decode"]
 
 # Logits of a head up to which they are held all at once: less memory than the wide activations of
 # an MLP, and fewer passes than by blocks.
@@ -63,6 +63,7 @@ def attend(
   scale: float | None = None,
   softcap: float | None = None,
   implementation: AttentionName | None = None,
+  cache: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
   """softmax(scale · q · kᵀ) · v, grouped, over the keys that a query sees.
 
@@ -78,6 +79,8 @@ def attend(
     softcap: c, where the logits become c · tanh(logits / c).
     implementation: None takes what `choose` says. "cudnn" takes rows of several segments where they
       are at most `most_segments`, which only the data says: a batch with more goes by blocks.
+    cache: where k and v are a layer of the cache: all layers' keys and values, `[L, B, G, S, h]`,
+      and the layer's number. "decode" reads them there.
 
   Returns:
     `[B, T, H, h]` in q's dtype.
@@ -88,7 +91,7 @@ def attend(
   """
   if any(window is not None and window < 1 for window in windows):
     raise ValueError(f"attend: windows {tuple(windows)}; a token sees at least itself")
-  case = Case.of(q, k, visible, windows, softcap)
+  case = Case.of(q, k, visible, windows, softcap, cache is not None)
   name = choose(case, implementation)
   scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
   if name == "cudnn":
@@ -103,6 +106,8 @@ def attend(
     # No position is so far away.
     reach = jnp.asarray([np.iinfo(np.int32).max if w is None else w for w in windows], jnp.int32)
     window = reach[0 if kind is None else kind]
+  if name == "decode":
+    return _decode(scale, q, visible, window, cache)
   function = _plain if name == "plain" else _blockwise
   return function(scale, softcap, q, k, v, (visible, window))
 
@@ -114,7 +119,9 @@ class Case:
   Attributes:
     queries, keys, width: T, S, h.
     dtype: of q, k and v.
-    cached: whether the keys are those of a cache.
+    cached: whether the keys are those of a cache, by which queries know their slots.
+    shared: H / G.
+    stacked: whether that cache is there, of all layers.
     packed: whether there are segments.
     windowed: whether a kind of layer has a window.
     moved: whether positions are other than counted up.
@@ -126,13 +133,17 @@ class Case:
   width: int
   dtype: Any
   cached: bool = False
+  shared: int = 1
+  stacked: bool = False
   packed: bool = False
   windowed: bool = False
   moved: bool = False
   softcap: bool = False
 
   @classmethod
-  def of(cls, q, k, visible: Visible, windows: Sequence[int | None], softcap) -> "Case":
+  def of(
+    cls, q, k, visible: Visible, windows: Sequence[int | None], softcap, stacked: bool = False
+  ) -> "Case":
     """The case of `attend`'s arguments."""
     return cls(
       queries=q.shape[1],
@@ -140,6 +151,8 @@ class Case:
       width=q.shape[-1],
       dtype=q.dtype,
       cached=visible.start is not None,
+      shared=q.shape[2] // k.shape[2],
+      stacked=stacked,
       packed=visible.segment_ids is not None,
       windowed=any(window is not None for window in windows),
       moved=visible.positions is not None,
@@ -158,11 +171,16 @@ def choose(case: Case, name: AttentionName | None = None) -> AttentionName:
     raise ValueError(f"attention: {name!r}; one of {', '.join(names)}")
   if name in ("plain", "blockwise"):
     return name
-  reason = _cudnn_unsupported(case)
-  if name == "cudnn" and reason:
-    raise ValueError(f"attention: 'cudnn' cannot serve this: {reason}")
-  if reason is None:
-    return "cudnn"
+  for each, unsupported in (("cudnn", _cudnn_unsupported), ("decode", _decode_unsupported)):
+    if name in (None, each) and (reason := unsupported(case)) is None:
+      return each
+    if name == each:
+      raise ValueError(f"attention: {each!r} cannot serve this: {reason}")
+  return without_kernels(case)
+
+
+def without_kernels(case: Case) -> AttentionName:
+  """What takes a case that no kernel does."""
   return "plain" if case.queries * case.keys <= _MOST_PLAIN_LOGITS else "blockwise"
 
 
@@ -269,7 +287,9 @@ class _Blocks:
     if self.visible.start is None:
       # Of keys behind the block's last query nothing is seen.
       pairs = pairs[pairs[:, 1] * s <= pairs[:, 0] * t + t - 1]
-    self.pairs = jnp.asarray(pairs, jnp.int32)
+    # As if it followed from q: what can be known before a layer's input, such as the masks of all
+    # pairs, JAX computes once for all layers, and keeps; of T × T elements a head.
+    self.pairs, _ = jax.lax.optimization_barrier((jnp.asarray(pairs, jnp.int32), self.q[:0]))
 
   def seen(self, i: jax.Array, j: jax.Array) -> jax.Array:
     """`[B or 1, 1, 1, t, s]` of a pair; what fills up the last blocks is seen by nothing real."""
@@ -389,6 +409,16 @@ def _cudnn_unsupported(case: Case) -> str | None:
   capability = gpu.capability(device)
   if capability is None or capability < 8:
     return f"{device.device_kind}: it needs an NVIDIA GPU of capability 8.0 or more"
+  if reason := cudnn_limits(case, capability):
+    return reason
+  if device not in jax.devices():
+    # It asks the library that is there for its version.
+    return f"no {device.device_kind} is here"
+  return None
+
+
+def cudnn_limits(case: Case, capability: float) -> str | None:
+  """Why cuDNN cannot serve a case on a GPU of a capability from 8.0 on, or None."""
   if case.dtype not in (jnp.bfloat16, jnp.float16):
     return f"q is {np.dtype(case.dtype).name}; it takes bfloat16 and float16"
   if case.softcap:
@@ -402,12 +432,7 @@ def _cudnn_unsupported(case: Case) -> str | None:
     return f"heads of width {case.width}; a multiple of 8, at most {widest}"
   if case.moved and case.windowed:
     return "windows of positions that do not count up"
-  if case.packed and (reason := _packing_unsupported(case, capability)):
-    return reason
-  if device not in jax.devices():
-    # It asks the library that is there for its version.
-    return f"no {device.device_kind} is here"
-  return None
+  return _packing_unsupported(case, capability) if case.packed else None
 
 
 def _packing_unsupported(case: Case, capability: float) -> str | None:
@@ -488,3 +513,39 @@ def _segments(segment_ids: jax.Array, most: int) -> tuple[jax.Array, jax.Array, 
   ends = jnp.where(starts[:, 1:] < 0, tokens, starts[:, 1:])
   lengths = jnp.where(starts[:, :most] < 0, -1, ends - starts[:, :most])
   return starts, lengths, fits
+
+
+# --- One token over the cache ---------------------------------------------------------------------
+
+
+def _decode_unsupported(case: Case) -> str | None:
+  """Why `gpu_decode` cannot serve a case, or None."""
+  platform, device = target.target()
+  if platform not in ("gpu", "cuda"):
+    return f"the computation is for a {platform}"
+  if not gpu.runs_thread_programs(device):
+    return f"{device.device_kind}: it is for Hopper and the data centre's Blackwell"
+  from qlora_jax.models import gpu_decode
+
+  if not (case.cached and case.stacked):
+    return "the keys are not those of a cache of all layers"
+  if case.queries != 1:
+    return f"{case.queries} queries; it takes one"
+  if case.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"q is {np.dtype(case.dtype).name}; it takes bfloat16 and float16"
+  if case.softcap:
+    return "the logits are capped"
+  if case.width not in gpu_decode.WIDTHS:
+    return f"heads of width {case.width}; one of {gpu_decode.WIDTHS}"
+  if case.shared > gpu_decode.MOST_SHARED:
+    return f"{case.shared} heads share a key; at most {gpu_decode.MOST_SHARED}"
+  return None
+
+
+def _decode(scale, q, visible: Visible, window, cache) -> jax.Array:
+  from qlora_jax.models import gpu_decode
+
+  k, v, layer = cache
+  start, segment_ids, positions = visible.start, visible.segment_ids, visible.positions
+  assert start is not None and segment_ids is not None and positions is not None
+  return gpu_decode.attend(q, k, v, layer, start, segment_ids, positions, window, scale)

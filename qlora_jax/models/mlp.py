@@ -13,8 +13,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qlora_jax import lora
-from qlora_jax.linen import Initializer, QDense, weight
-from qlora_jax.matmul import quantized_matmul, sharded
+from qlora_jax.linen import NUMBER, STACKED, Initializer, QDense, weight
+from qlora_jax.matmul import quantized_matmul, sharded, stacked
 from qlora_jax.models import remat
 from qlora_jax.quantized_tensor import is_quantized
 
@@ -89,7 +89,7 @@ def in_chunks(mlp: nn.Module, x: jax.Array, chunk: int) -> jax.Array:
 
   scan = nn.scan(
     lambda mlp, carry, part: (carry, one(mlp, part)),
-    variable_broadcast=("params", "frozen", "constants"),
+    variable_broadcast=("params", "frozen", "constants", NUMBER, STACKED),
     split_rngs={"params": False, "dropout": True},
     in_axes=1,
     out_axes=1,
@@ -120,6 +120,14 @@ class Projection(nn.Module):
         arrays["dropout"] = self.get_variable("constants", "dropout")
         arrays["key"] = self.make_rng("dropout")
     return arrays
+
+
+def tiles(pairs: int, num_experts: int) -> tuple[int, int]:
+  """(rows of a tile, tiles) into which so many pairs of a token and its expert go."""
+  mean = -(-pairs // num_experts)
+  tile = min(_LARGEST_TILE, int(2 ** np.ceil(np.log2(mean))))
+  # An expert's last tile may be part empty: at most one tile each more than the pairs fill.
+  return tile, min(pairs, pairs // tile + num_experts)
 
 
 class Experts(nn.Module):
@@ -177,9 +185,7 @@ class Experts(nn.Module):
     rows = rows.at[slot].set(tokens[order // self.experts_per_token], unique_indices=True)
 
     def project(name: str, x: jax.Array, expert: jax.Array, adapter: Any, index: jax.Array):
-      kernel = jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, expert, 0, keepdims=False), kernels[name]
-      )
+      kernel = stacked.layer_of(kernels[name], expert)
       if is_quantized(kernel):
         y = quantized_matmul(x, kernel, implementation=self.implementation)
       else:
@@ -225,19 +231,16 @@ class Experts(nn.Module):
       sorted pair takes.
     """
     pairs = len(chosen)
-    mean = -(-pairs // self.num_experts)
-    tile = min(_LARGEST_TILE, int(2 ** np.ceil(np.log2(mean))))
-    # An expert's last tile may be part empty: at most one tile each more than the pairs fill.
-    count = min(pairs, pairs // tile + self.num_experts)
+    tile, count = tiles(pairs, self.num_experts)
     order = jnp.argsort(chosen, stable=True).astype(jnp.int32)
     sizes = jnp.zeros(self.num_experts, jnp.int32).at[chosen].add(1)
-    tiles = (sizes + tile - 1) // tile
-    end_of_tiles = jnp.cumsum(tiles, dtype=jnp.int32)
+    needed = (sizes + tile - 1) // tile
+    end_of_tiles = jnp.cumsum(needed, dtype=jnp.int32)
     experts = jnp.arange(count, dtype=jnp.int32)[:, None] >= end_of_tiles[None]
     # Tiles behind the last one in use are empty: any expert will do.
     experts = jnp.minimum(experts.sum(-1, dtype=jnp.int32), self.num_experts - 1)
     sorted_experts = chosen[order]
     before = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
     within = jnp.arange(pairs, dtype=jnp.int32) - before[sorted_experts]
-    slot = (end_of_tiles - tiles)[sorted_experts] * tile + within
+    slot = (end_of_tiles - needed)[sorted_experts] * tile + within
     return tile, experts, order, slot

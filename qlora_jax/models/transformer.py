@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qlora_jax.linen import Embed, QDense, TiedHead, plain_weight
+from qlora_jax.linen import (
+  NUMBER,
+  STACKED,
+  Embed,
+  QDense,
+  TiedHead,
+  lend_stacks,
+  plain_weight,
+)
 from qlora_jax.matmul import sharded
 from qlora_jax.models import remat
 from qlora_jax.models.attention import AttentionName, Case, Visible, attend, choose
@@ -182,6 +190,30 @@ class RMSNorm(nn.Module):
     return (x * scale).astype(self.dtype)
 
 
+def _through_cache(cache: Cache, k: jax.Array, v: jax.Array) -> tuple[Cache, jax.Array, jax.Array]:
+  """Writes the new keys and values `[B, T, G, h]` of a layer into the cache of all layers.
+
+  Returns:
+    The cache, which XLA writes in place, and the keys and values that are seen, `[B, S, G, h]`:
+    those of the layer's cache, or where its index is None, since it was empty, the new ones.
+  """
+  layer, index = cache["layer"], cache["index"]
+
+  def written(name: str, new: jax.Array) -> jax.Array:
+    new = new.swapaxes(1, 2)[None].astype(cache[name].dtype)
+    return jax.lax.dynamic_update_slice(
+      cache[name], new, (layer, 0, 0, 0 if index is None else index, 0)
+    )
+
+  def of_layer(stack: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False).swapaxes(1, 2)
+
+  cache = {**cache, "k": written("k", k), "v": written("v", v)}
+  if index is None:
+    return cache, k, v
+  return cache, of_layer(cache["k"]), of_layer(cache["v"])
+
+
 class Attention(nn.Module):
   """Grouped-query attention with rotary positions."""
 
@@ -229,14 +261,14 @@ class Attention(nn.Module):
       q = rotate(q, *rotary["q"])
       if not config.rotates_cached_keys:
         k = rotate(k, *rotary["k"])
+    whole = None
     if cache is not None:
-      start = (0, cache["index"], 0, 0)
-      k = jax.lax.dynamic_update_slice(cache["k"], k.astype(cache["k"].dtype), start)
-      v = jax.lax.dynamic_update_slice(cache["v"], v.astype(cache["v"].dtype), start)
-      cache = {"k": k, "v": v}
+      cache, k, v = _through_cache(cache, k, v)
+      if cache["index"] is not None and cache["k"].dtype == q.dtype:
+        whole = (cache["k"], cache["v"], cache["layer"])
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     if rotary is not None and config.rotates_cached_keys:
-      k = rotate(k, *rotary["k"])
+      k, whole = rotate(k, *rotary["k"]), None
     q, k, v = remat.named(remat.QKV, q, k, v)
     y = attend(
       q,
@@ -248,6 +280,7 @@ class Attention(nn.Module):
       scale=config.query_scale,
       softcap=config.attention_softcap,
       implementation=self.attention,
+      cache=whole,
     )
     y = y.reshape(*y.shape[:-2], widths["q"])
     return project("o", config.hidden_size, y, config.output_bias), cache
@@ -263,8 +296,9 @@ class Block(nn.Module):
   mlp_chunk: int | None
 
   @nn.compact
-  def __call__(self, x, rotary, visible, index, kind, cache):
+  def __call__(self, carry, rotary, visible, index, kind, layer):
     config = self.config
+    x, stacks = carry
     x = remat.named(remat.INPUT, x)
 
     def norm(name: str, wanted: bool, x: jax.Array) -> jax.Array:
@@ -276,15 +310,15 @@ class Block(nn.Module):
       rotary = jax.tree.map(
         lambda each: jax.lax.dynamic_index_in_dim(each, kind, 0, keepdims=False), rotary
       )
-    if cache is not None:
-      cache = {**cache, "index": index}
+    cache = None if stacks is None else {**stacks, "index": index, "layer": layer}
     y = norm("attn_norm", config.pre_norms, x)
     y, cache = Attention(config, self.dtype, self.implementation, self.attention, name="attn")(
       y, rotary, visible, kind, cache
     )
     x = remat.named(remat.MIDDLE, x + norm("attn_post_norm", config.post_norms, y))
     y = self._mlp(norm("mlp_norm", config.pre_norms, x))
-    return x + norm("mlp_post_norm", config.post_norms, y), cache
+    x = x + norm("mlp_post_norm", config.post_norms, y)
+    return (x, None if cache is None else {name: cache[name] for name in stacks}), None
 
   def _mlp(self, x: jax.Array) -> jax.Array:
     config = self.config
@@ -345,13 +379,17 @@ class Transformer(nn.Module):
       config.vocab_size, config.hidden_size, self.dtype, scale=config.embedding_scale
     )
     shared = nn.broadcast
-    self.layers = nn.scan(
+    layers = nn.scan(
       remat.block(Block, self.remat),
-      variable_axes={"params": 0, "frozen": 0, "constants": 0},
+      variable_axes={"params": 0, "frozen": 0, "constants": 0, NUMBER: 0},
+      variable_broadcast=STACKED,
       split_rngs={"params": True, "dropout": True},
       in_axes=(shared, shared, shared, 0, 0),  # pyright: ignore[reportArgumentType]
       length=config.num_layers,
-    )(config, self.dtype, self.implementation, self.attention, self.mlp_chunk)
+    )
+    # Those that are being made have no stacks yet.
+    layers = layers if self.is_initializing() else lend_stacks(layers)
+    self.layers = layers(config, self.dtype, self.implementation, self.attention, self.mlp_chunk)
     self.final_norm = RMSNorm(config.norm_eps, self.dtype, float(config.unit_offset))
     if config.tie_embeddings:
       self.head: Any = TiedHead(self.dtype)
@@ -363,7 +401,7 @@ class Transformer(nn.Module):
         implementation=self.implementation,
       )
 
-  def __call__(self, tokens, segment_ids=None, positions=None, cache=None):
+  def __call__(self, tokens, segment_ids=None, positions=None, cache=None, *, fresh=False):
     """Logits of the next token.
 
     Args:
@@ -373,38 +411,44 @@ class Transformer(nn.Module):
       positions: `[B, T]`; where absent they count from 0 in each segment (with a cache: from
         the tokens of the segment that are in it). Sliding windows are of positions.
       cache: from `init_cache`, or an earlier call; the new keys are written behind the old.
+      fresh: that the cache is one of `init_cache`, which only the caller knows: then attention is
+        that of training, among the new tokens, and not over all slots.
 
     Returns:
       `[B, T, V]` float32; with a cache, (logits, the new cache).
     """
     if cache is None:
       return self.logits(self.hidden(tokens, segment_ids, positions))
-    hidden, cache = self.hidden(tokens, segment_ids, positions, cache)
+    hidden, cache = self.hidden(tokens, segment_ids, positions, cache, fresh=fresh)
     return self.logits(hidden), cache
 
-  def hidden(self, tokens, segment_ids=None, positions=None, cache=None) -> Any:
+  def hidden(self, tokens, segment_ids=None, positions=None, cache=None, *, fresh=False) -> Any:
     """`[B, T, D]` after the last norm, for a loss that takes the head in chunks."""
-    x, written = self.blocks(self.embed(tokens), segment_ids, positions, cache)
+    x, written = self.blocks(self.embed(tokens), segment_ids, positions, cache, fresh=fresh)
     x = self.final_norm(x)
     return x if cache is None else (x, written)
 
-  def blocks(self, x, segment_ids=None, positions=None, cache=None) -> Any:
+  def blocks(self, x, segment_ids=None, positions=None, cache=None, *, fresh=False) -> Any:
     """`[B, T, D]` embedded tokens through all layers: (`[B, T, D]`, the new cache or None)."""
     if cache is None:
       positions, keys, visible = self._positions(x, segment_ids, positions)
     else:
-      positions, keys, visible = self._cached_positions(x, segment_ids, positions, cache)
-    segments = keys.get("segment_ids", segment_ids)
+      positions, keys, visible = self._cached_positions(x, segment_ids, positions, cache, fresh)
+    seen = {"positions": positions, "segment_ids": segment_ids} if fresh else keys
+    segments = seen.get("segment_ids", segment_ids)
     real = True if segments is None else segments != 0
-    rotary = self._rotary(positions, keys["positions"], real)
+    rotary = self._rotary(positions, seen["positions"], real)
     kind = None
     if len(self.config.kinds) > 1:
       kind = jnp.asarray(self.config.kind_of_layer, jnp.int32)
 
-    written: Any
-    index = None if cache is None else cache["index"]
-    layers_cache = None if cache is None else {"k": cache["k"], "v": cache["v"]}
-    y, written = self.layers(x, rotary, visible, index, kind, layers_cache)
+    index = layer = stacks = None
+    if cache is not None:
+      index = None if fresh else cache["index"]
+      layer = jnp.arange(self.config.num_layers)
+      # In the carry, not an output of each layer: that would be a second cache, written anew.
+      stacks = {"k": cache["k"], "v": cache["v"]}
+    (y, written), _ = self.layers((x, stacks), rotary, visible, index, kind, layer)
     if cache is None:
       return y, None
     return y, {**written, **keys, "index": cache["index"] + x.shape[1]}
@@ -425,8 +469,9 @@ class Transformer(nn.Module):
       positions = restarting_positions(segment_ids)  # pyright: ignore[reportArgumentType]
     return positions, {"positions": positions}, Visible(None, segments, (positions, positions))
 
-  def _cached_positions(self, x, segment_ids, positions, cache):
+  def _cached_positions(self, x, segment_ids, positions, cache, fresh):
     """As `_positions`, the keys being those of the cache with the new ones in their slots."""
+    plain = segment_ids is None and positions is None
     if segment_ids is None:
       segment_ids = jnp.ones(x.shape[:2], jnp.int32)
     index = cache["index"]
@@ -442,6 +487,9 @@ class Transformer(nn.Module):
       positions = (same & (slot < own)[None]).sum(-1, dtype=jnp.int32)
     positions = jnp.broadcast_to(positions, x.shape[:2])
     keys = {"segment_ids": slots, "positions": write("positions", positions)}
+    if fresh:
+      visible = Visible() if plain else Visible(None, (segment_ids,) * 2, (positions,) * 2)
+      return positions, keys, visible
     # Slots behind the newest token are empty or its future.
     visible = Visible(index, (segment_ids, slots), (positions, keys["positions"]))
     return positions, keys, visible
@@ -511,8 +559,8 @@ def attention_name(model: Transformer, seq_len: int, *, packed: bool) -> Attenti
 def init_cache(
   config: TransformerConfig, batch_size: int, length: int, dtype: DTypeLike = jnp.bfloat16
 ) -> Cache:
-  """An empty KV cache of `length` slots a row: 2 · L · B · S · Hkv · h elements of `dtype`."""
-  shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
+  """An empty KV cache of `length` slots a row: 2 · L · B · Hkv · S · h elements of `dtype`."""
+  shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_dim)
   return {
     "k": jnp.zeros(shape, dtype),
     "v": jnp.zeros(shape, dtype),

@@ -32,6 +32,9 @@ class Integer:
 
   __radd__ = __add__
 
+  def __sub__(self, other):
+    return self._binary(np.subtract, other)
+
   def __mul__(self, other):
     return self._binary(np.multiply, other)
 
@@ -81,6 +84,10 @@ class Thread:
 
   def float(self, value):
     return np.full(self.threads, value, np.float32)
+
+  def advance(self, pointer, count, stride):
+    (count,) = set(np.atleast_1d(count.value).tolist())
+    return pointer[count * stride :]
 
   def load(self, pointer, offset, kind, inside=None):
     (word,) = self.load_words(pointer, offset, 1, inside)
@@ -210,6 +217,15 @@ class Thread:
   def select(self, condition, yes, no):
     return Integer(np.where(condition.value, np.uint32(yes), np.uint32(no)))
 
+  def choose(self, condition, yes, no):
+    return np.where(condition.value, yes, no).astype(np.float32)
+
+  def maximum(self, a, b):
+    return np.maximum(a, b)
+
+  def exp2(self, a):
+    return np.exp2(a)
+
   def minimum(self, a, b):
     return a._binary(np.minimum, b)
 
@@ -270,7 +286,7 @@ def simulate(x: Any, w: Any, tiles: Any) -> np.ndarray:
   grid = itertools.product(range(-(-shape.m // tiles.rows)), range(-(-shape.n // tiles.columns)))
   size = gpu_few_rows.shared_bytes(w, tiles)
   program = functools.partial(gpu_few_rows.program, shape)
-  y = _run(program, 512, size, grid, x, w, shape.m * shape.n * 2)
+  y = _run(program, 512, size, grid, _weight_memory(x, w), shape.m * shape.n * 2)
   return y.view(_DTYPES[shape.dtype]).reshape(shape.m, shape.n).astype(np.float32)
 
 
@@ -283,17 +299,46 @@ def simulate_tiles(x: Any, w: Any, tiles: Any) -> np.ndarray:
   program = functools.partial(gpu_tiles.program, shape)
   wide = tiles.splits > 1
   nbytes = tiles.splits * shape.m * shape.n * (4 if wide else 2)
-  y = _run(program, tiles.threads, shape.shared_bytes, grid, x, w, nbytes)
+  memory = _weight_memory(x, w)
+  y = _run(program, tiles.threads, shape.shared_bytes, grid, memory, nbytes)
   y = y.view(np.float32 if wide else _DTYPES[shape.dtype])
   return y.reshape(tiles.splits, shape.m, shape.n).astype(np.float32).sum(0)
 
 
-def _run(program, threads, shared_bytes, grid, x, w, nbytes) -> np.ndarray:
-  """The output's bytes."""
-  from qlora_jax.matmul.gpu_few_rows import scale_operands
+def simulate_decode(q, k, v, layer, *others) -> np.ndarray:
+  """`gpu_decode.attend`, as `simulate`."""
+  from qlora_jax.models import gpu_decode
 
-  arrays = (x, w.codes, w.levels.astype(np.float32), *scale_operands(w.scales))
+  shape = gpu_decode.shape_of(q, k, *others[-2:])
+  (number, *arrays) = gpu_decode.operands(q, k, v, layer, *others[:-1])
+  memory = _memory(arrays, number, gpu_decode.strides(k))
+  program = functools.partial(gpu_decode.program, shape)
+  grid = itertools.product(range(shape.batch * shape.groups), range(shape.chunks))
+  count = shape.batch * shape.groups * shape.chunks * shape.shared * (shape.width + 2)
+  parts = _run(program, gpu_decode.THREADS, 4 * shape.shared_words, grid, memory, 4 * count)
+  parts = parts.view(np.float32)
+  parts = parts.reshape(shape.batch, shape.groups, shape.chunks, shape.shared, -1)
+  return np.asarray(gpu_decode.joined(parts)).reshape(q.shape)
+
+
+def _weight_memory(x, w) -> list[np.ndarray]:
+  from qlora_jax.matmul.gpu_few_rows import all_strides, weight_operands
+
+  number, arrays, strides = weight_operands(w)
+  return _memory([x, *arrays], *number, all_strides(strides))
+
+
+def _memory(arrays, *layered) -> list[np.ndarray]:
+  """What the operands' pointers point to: of stacks, where `gpu_threads.run` advances them to."""
   memory = [np.asarray(a).reshape(-1).view(np.uint8) for a in arrays]
+  if layered[-1] is None:
+    return memory
+  number, strides = layered
+  return [x[int(number[0]) * stride :] for x, stride in zip(memory, strides, strict=False)]
+
+
+def _run(program, threads, shared_bytes, grid, memory, nbytes) -> np.ndarray:
+  """The output's bytes."""
   y = np.full(nbytes, 0xFF, np.uint8)
   with np.errstate(over="ignore", invalid="ignore"):
     for place in grid:

@@ -6,6 +6,7 @@ Nothing here has run on a TPU.
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,13 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import qlora_jax as ql
 from experiments.bench import tpu_compile, tpu_compiler
 from qlora_jax import dequantize, quantize, quantized_matmul
-from qlora_jax.matmul import api, sharded, specs, tpu
+from qlora_jax.matmul import api, sharded, specs, stacked, target, tpu
 from qlora_jax.matmul.specs import ArgumentSpec
+from qlora_jax.models.transformer import Transformer, TransformerConfig
+from qlora_jax.quantized_tensor import Stack
 from tests.matmul.test_quantized_matmul import assert_product
 
 if jax.__version_info__ < (0, 11, 2):
@@ -137,6 +141,81 @@ def test_no_rows():
   assert tpu_tiles.product(jnp.zeros((2, 0, 128)), w).shape == (2, 0, 16)
 
 
+def test_a_layers_codes_are_read_in_its_stack():
+  # Of whole groups; of a ragged K or N the codes are padded, and so the layer's own.
+  for spec, in_place in ((ArgumentSpec(128, 128), True), (ArgumentSpec(12, 128), False)):
+    x, _, g = arguments(spec)
+    stack = spec.w(jax.random.key(1), (2, 2))
+    layer = jax.tree.map(lambda leaf: leaf[1, 0], stack)
+    own = jnp.zeros_like(layer.codes) if in_place else layer.codes
+    where = Stack(stack.codes if in_place else jnp.zeros_like(stack.codes), jnp.int32(2))
+    found = interpreted(x, dataclasses.replace(layer, codes=own, stack=where), g)
+    jax.tree.map(np.testing.assert_array_equal, found, interpreted(x, layer, g))
+
+
+def test_a_layer_of_a_layer_remembers_the_whole_stack(monkeypatch):
+  stack = ArgumentSpec(128, 8).w(jax.random.key(1), (2, 3))
+  assert stacked.layer_of(stack, jnp.int32(1)).stack is None
+  monkeypatch.setattr(stacked, "remembers", lambda: True)
+  layers = stacked.layer_of(stack, jnp.int32(1))
+  expert = stacked.layer_of(layers, jnp.int32(2))
+  assert expert.stack.codes is stack.codes and int(expert.stack.index) == 5
+  np.testing.assert_array_equal(expert.codes, stack.codes[1, 2])
+  dense = jnp.arange(6.0).reshape(3, 2)
+  np.testing.assert_array_equal(stacked.layer_of(dense, jnp.int32(2)), dense[2])
+
+
+def transformer(width, intermediate, experts=0, dtype=jnp.float32, **kwargs):
+  config = TransformerConfig(
+    64, width, intermediate, 2, 1, 1, 128, num_experts=experts, experts_per_token=min(experts, 2)
+  )
+  return Transformer(config, dtype, remat="full", **kwargs)
+
+
+def base_of(model):
+  base = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+  # Not a router, whose few outputs would be padded.
+  return ql.quantize_tree(base, dict.fromkeys(("*/attn/*", "*/mlp/*"), ql.QuantizationConfig()))
+
+
+@pytest.mark.parametrize(
+  "kwargs",
+  [
+    {"experts": 0},
+    pytest.param({"experts": 0, "mlp_chunk": 2}, marks=pytest.mark.slow),
+    pytest.param({"experts": 3}, marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
+def test_a_model_reads_the_layers_of_its_stacks(kwargs, monkeypatch):
+  model = transformer(128, 128, **kwargs)
+  base, x = base_of(model), jax.random.normal(jax.random.key(1), (2, 4, 128))
+
+  def both(x):
+    def loss(x):
+      y, _ = model.apply({"frozen": base}, x, method="blocks")
+      return jnp.square(y).mean()
+
+    return jax.value_and_grad(loss)(x)
+
+  expected = jax.jit(both)(x)
+  device = types.SimpleNamespace(device_kind="TPU v5 lite")
+  monkeypatch.setattr(target, "target", lambda: ("tpu", device))
+  read = []
+
+  def product(x, w, **kwargs):
+    read.append(w.stack)
+    # Not the slice.
+    w = dataclasses.replace(w, codes=jnp.zeros_like(w.codes))
+    return kernel(x, w, interpret=True, **kwargs)
+
+  kernel = tpu_tiles.product
+  monkeypatch.setattr(tpu_tiles, "product", product)
+  found = jax.jit(lambda x: both(x))(x)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, expected)
+  assert read and None not in read
+
+
 def test_a_batch_of_weights():
   spec = ArgumentSpec(128, 16, (3,))
   x = jax.random.normal(jax.random.key(0), (2, 3, 128))
@@ -237,24 +316,54 @@ def test_forward_and_gradient_compile(chip, spec):
     assert not re.search(rf"(s8|s32|bf16)\[({w.codes.shape[0]}|{spec.k}),{spec.n}\]", text)
 
 
+def sliced(text, codes):
+  """What a program makes of the size of one layer's codes."""
+  rows, columns = codes.shape[-2:]
+  return re.findall(rf"\S+ = u8\[(?:1,)*{rows},{columns}\].*", text)
+
+
 @compiles
-def test_a_stack_is_not_copied_in_a_scan():
-  spec = ArgumentSpec(1024, 2048, (16,), "bfloat16")
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_stack_is_read_where_it_lies(chip):
+  spec = ArgumentSpec(128, 128, (16,), "bfloat16")
   x, stack = jax.eval_shape(lambda: (spec.x(jax.random.key(0)), spec.w(jax.random.key(0), (4,))))
 
-  def scanned(x, stack):
-    return jax.lax.scan(lambda x, w: (x + quantized_matmul(x, w).sum(), None), x, stack)[0]
+  def scanned(remembering, x, stack):
+    def layer(x, each):
+      i, w = each
+      return x + quantized_matmul(x, remembering(w, stack, i)).sum(), None
 
-  compiled = tpu_compiler.compile_for(tpu_compiler.one_chip("v5e"), scanned, x, stack)
-  assert compiled.memory_analysis().temp_size_in_bytes < stack.codes.size // 4
-  # A layer's codes go from the stack into VMEM (memory space 1), where the kernel reads them.
-  rows, columns = stack.codes.shape[1:]
-  (layer,) = {
-    line.split("=")[1].split("fusion(")[0].strip()
-    for line in compiled.as_text().splitlines()
-    if "dynamic-slice" in line.split("=")[0] and f"u8[{rows},{columns}]" in line
-  }
-  assert "S(1)" in layer
+    return jax.lax.scan(layer, x, (jnp.arange(4), stack))[0].astype(jnp.float32).sum()
+
+  def text(remembering):
+    both = jax.value_and_grad(functools.partial(scanned, remembering))
+    return tpu_compiler.compile_for(tpu_compiler.one_chip(chip), both, x, stack).as_text()
+
+  found = text(stacked.remembering)
+  assert sliced(found, stack.codes) == []
+  assert found.count("tpu_custom_call") >= 2
+  if chip == "v5p":
+    # XLA's own slice, in both directions.
+    assert len(sliced(text(lambda w, *_: w), stack.codes)) >= 2
+
+
+@pytest.mark.slow
+@compiles
+def test_a_models_layers_are_read_where_they_lie():
+  model = transformer(256, 128, 3, jnp.bfloat16)
+  base = jax.eval_shape(functools.partial(base_of, model))
+  x = jax.ShapeDtypeStruct((1, 16, 256), jnp.bfloat16)
+
+  def blocks(x, base):
+    return model.apply({"frozen": base}, x, method="blocks")[0]
+
+  text = tpu_compiler.compile_for(tpu_compiler.one_chip("v5p"), blocks, x, base).as_text()
+  assert text.count("tpu_custom_call") >= 7
+  for module, name in (("attn", "q"), ("mlp", "up"), ("mlp", "down")):
+    codes = base["layers"][module][name]["kernel"].codes
+    assert sliced(text, codes) == [], name
+  # Nor all experts of a layer.
+  assert not re.findall(rf"= u8\[(?:1,)*{','.join(map(str, codes.shape[1:]))}\]", text)
 
 
 @compiles

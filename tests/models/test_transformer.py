@@ -95,7 +95,7 @@ def model_of(config=CONFIG, **kwargs) -> Any:
 
 @functools.cache
 def compiled(config=CONFIG, dtype: Any = jnp.float32) -> Any:
-  return jax.jit(model_of(config, dtype=dtype).apply, static_argnames=("method",))
+  return jax.jit(model_of(config, dtype=dtype).apply, static_argnames=("method", "fresh"))
 
 
 def tokens_of(*shape, seed=0):
@@ -324,7 +324,9 @@ def cached(variables, tokens, segment_ids, chunks, length, dtype=jnp.float32):
   for size in chunks:
     end = start + size
     part = None if segment_ids is None else segment_ids[:, start:end]
-    y, cache = apply(variables, tokens[:, start:end], segment_ids=part, cache=cache)
+    # A first chunk as a prompt's is, a first token as any other.
+    fresh = start == 0 and size > 1
+    y, cache = apply(variables, tokens[:, start:end], segment_ids=part, cache=cache, fresh=fresh)
     logits.append(y)
     start = end
   assert start == tokens.shape[1] == int(cache["index"])
@@ -340,8 +342,8 @@ def test_cache_equals_the_full_forward(chunks):
   full = compiled()(variables, tokens)
   logits, cache = cached(variables, tokens, None, chunks, length=15)
   np.testing.assert_allclose(logits, full, rtol=0, atol=ATOL)
-  assert cache["k"].shape == cache["v"].shape == (3, 2, 15, 2, 8)
-  assert not np.asarray(cache["k"][:, :, 12:]).any()
+  assert cache["k"].shape == cache["v"].shape == (3, 2, 2, 15, 8)
+  assert not np.asarray(cache["k"][:, :, :, 12:]).any()
   np.testing.assert_array_equal(cache["segment_ids"], [[1] * 12 + [0] * 3] * 2)
 
 

@@ -44,6 +44,7 @@ def weight(
   Raises:
     ValueError: it has another shape than the module's; the message names its path.
   """
+  value: Any
   if module.has_variable("params", name):
     value = module.get_variable("params", name)
   else:
@@ -51,7 +52,7 @@ def weight(
       "frozen", name, lambda: init(module.make_rng("params"), shape, jnp.float32)
     ).value
     if module.has_variable(STACKED, name):
-      lent = module.get_variable(STACKED, name)
+      lent: Any = module.get_variable(STACKED, name)
       # Clamped, though it is within: a bare slice of the numbers would be a copy of its own on a
       # GPU, by another stream, where this joins what else is computed.
       index = jnp.minimum(module.get_variable(NUMBER, name), len(lent.codes) - 1)

@@ -3,7 +3,8 @@
 Few rows are multiplied by codes that are decoded in registers: up to `MOST_FEW_ROWS` by warps
 (`gpu_few_rows`), up to `MOST_TILED_ROWS` by warpgroups on a Hopper (`gpu_tiles`). For more, and
 where these kernels do not serve the case, the weight is dequantized once (`gpu_dequantize`) and the
-library multiplies. Both directions read the same codes.
+library multiplies. Both directions read the same codes. Shapes that were measured on the device are
+served as was fastest there (`tuning`).
 
 The library's products of 16 bits are asked for results of 16 bits: asked for float32, to be rounded
 after it, they took 15% longer on an H100.
@@ -103,11 +104,11 @@ def _dequantized_product(
   stack = gpu_dequantize.readable_stack(w)
   if stack is None:
     w = dataclasses.replace(w, stack=None)
-    x, w, adapter = jax.lax.optimization_barrier((x, w, adapter))
+    x, tied, adapter = jax.lax.optimization_barrier((x, w, adapter))
   else:
     x, index, adapter = jax.lax.optimization_barrier((x, stack.index, adapter))
-    w = dataclasses.replace(w, stack=dataclasses.replace(stack, index=index))
-  dense = gpu_dequantize.dequantize(w, x.dtype, tiles, adapter=adapter)
+    tied = dataclasses.replace(w, stack=dataclasses.replace(stack, index=index))
+  dense = gpu_dequantize.dequantize(tied, x.dtype, tiles, adapter=adapter)
   # One row, asked for 16 bits, was off by more than their rounding (XLA, on an H100).
   wanted = jnp.float32 if _rows(x) <= _MOST_BY_WARPS else x.dtype
   product = jnp.matmul(x, dense.T if transposed else dense, preferred_element_type=wanted)

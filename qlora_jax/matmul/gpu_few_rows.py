@@ -11,8 +11,9 @@ these means:
 - The two codes of a byte belong to rows of K 64 apart (`quantized_tensor`), so to two blocks. For
   up to 4 rows of x, B's 8 columns tell them apart: column 2m has x[m] where the low codes are,
   2m + 1 where the high ones are, and zeros elsewhere. For more rows, two bytes exchange codes.
-- A thread block has 16 warps, each with 32 outputs and a share of K, of which it reads the next
-  group of 128 while it multiplies the last one. Scales are restored once, in shared memory.
+- A thread block has 16 or 8 warps, each with 32 or 64 outputs and a share of K, of which it reads
+  the next group of 128 while it multiplies the last one. Scales are restored once, in shared
+  memory.
 
 `mma.sync`'s operands, lane 4g + t: A rows g and g + 8, columns 2t, 2t + 1, 2t + 8, 2t + 9; B the
 same rows of K, column g; the sums rows g and g + 8, columns 2t and 2t + 1. (PTX ISA, section
@@ -38,10 +39,6 @@ from qlora_jax.quantized_tensor import (
   restore_scales,
 )
 
-# Warps of a thread block. With 512 threads, each has up to 128 registers.
-_WARPS = 16
-# Outputs of a warp: 4 bytes of codes a lane and row, by 8 lanes.
-_WARP_COLUMNS = 32
 # Rows that a thread block may take: 4 with the planes told apart by columns.
 _ROW_TILES = (4, 8, 16)
 _SHARED_BYTES = 227 << 10
@@ -57,20 +54,29 @@ class Tiles:
   Attributes:
     rows: of x a thread block takes, 4, 8 or 16.
     column_warps: warps side by side along N; the block's other warps share K out.
+    warps: of a thread block, 16 or 8: with 512 threads, each has up to 128 registers.
+    lane_columns: outputs of a lane, 4 or 8, whose codes it reads at once.
   """
 
   rows: int
   column_warps: int
+  warps: int = 16
+  lane_columns: int = 4
+
+  @property
+  def warp_columns(self) -> int:
+    """Outputs of a warp: of 8 lanes; the other lanes have other rows of K."""
+    return 8 * self.lane_columns
 
   @property
   def columns(self) -> int:
     """Outputs of a thread block."""
-    return self.column_warps * _WARP_COLUMNS
+    return self.column_warps * self.warp_columns
 
   @property
   def k_warps(self) -> int:
     """Warps that share K out."""
-    return _WARPS // self.column_warps
+    return self.warps // self.column_warps
 
 
 def default_tiles(rows: int, w: QuantizedTensor) -> Tiles:
@@ -80,8 +86,10 @@ def default_tiles(rows: int, w: QuantizedTensor) -> Tiles:
   """
   tile = next((tile for tile in _ROW_TILES if rows <= tile), _ROW_TILES[-1])
   n = w.shape[-1]
-  for warps in (8, 4, 2):
-    tiles = Tiles(tile, warps)
+  # Wide lanes read codes in fewer instructions, which is 3 to 7% of the time where rows are few and
+  # N gives every multiprocessor two warps of them; with more rows it is nothing (an H200).
+  wide = [Tiles(tile, warps, 8, 8) for warps in (4, 2)] if tile == 4 and n % 8 == 0 else []
+  for tiles in (*wide, *(Tiles(tile, warps) for warps in (8, 4, 2))):
     if n >= 100 * tiles.columns and shared_bytes(w, tiles) <= _SHARED_BYTES:
       return tiles
   return Tiles(tile, 1)
@@ -107,7 +115,7 @@ def undecoded(x: Any, w: QuantizedTensor, multiple: int) -> str | None:
 
 def unsupported(x: Any, w: QuantizedTensor, tiles: Tiles) -> str | None:
   """Why the kernel cannot serve the product, or None; of `undecoded`'s arguments."""
-  if reason := undecoded(x, w, 4):
+  if reason := undecoded(x, w, tiles.lane_columns):
     return reason
   if (size := shared_bytes(w, tiles)) > _SHARED_BYTES:
     return f"its scales need {size} bytes of shared memory; there are {_SHARED_BYTES}"
@@ -116,7 +124,9 @@ def unsupported(x: Any, w: QuantizedTensor, tiles: Tiles) -> str | None:
 
 def shared_bytes(w: QuantizedTensor, tiles: Tiles) -> int:
   """What a thread block needs."""
-  return 4 * (_TABLE_WORDS + _MAP_WORDS + w.scales.shape[-2] * tiles.columns)
+  # The warps' sums take the table's place.
+  table = max(_TABLE_WORDS, tiles.warps * tiles.warp_columns * tiles.rows)
+  return 4 * (table + _MAP_WORDS + w.scales.shape[-2] * tiles.columns)
 
 
 def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
@@ -128,7 +138,7 @@ def product(x: jax.Array, w: QuantizedTensor, tiles: Tiles) -> jax.Array:
     out_type=jax.ShapeDtypeStruct((shape.m, shape.n), x.dtype),
     grid=(-(-shape.m // tiles.rows), -(-shape.n // tiles.columns)),
     grid_names=("rows", "columns"),
-    num_threads=_WARPS // 4,
+    num_threads=tiles.warps // 4,
     thread_name="warpgroup",
     scratch_types=[plgpu.SMEM((shared_bytes(w, tiles) // 4,), jnp.float32)],
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
@@ -220,7 +230,7 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
   x, codes, levels, *scales, y, shared = pointers
   tiles, m, k, n = shape.tiles, shape.m, shape.k, shape.n
   groups, blocks = k // GROUP, -(-k // shape.block_size)
-  threads, k_warps = 32 * _WARPS, tiles.k_warps
+  threads, k_warps, width = 32 * tiles.warps, tiles.k_warps, tiles.lane_columns
   row_tile, column_tile = indices
   index = t.thread_index()
   lane, warp = index % 32, index // 32
@@ -228,10 +238,11 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
   column_warp, k_warp = warp % tiles.column_warps, warp // tiles.column_warps
   first_row = row_tile * tiles.rows
   first_column = column_tile * tiles.columns
-  # This lane's 4 outputs, which lie side by side: in the block's tile, and of all.
-  local_column = column_warp * _WARP_COLUMNS + g * 4
+  # This lane's outputs, which lie side by side: in the block's tile, and of all.
+  local_column = column_warp * tiles.warp_columns + g * width
   column = first_column + local_column
-  table, dynamic_map = shared, shared + 4 * _TABLE_WORDS
+  table = shared
+  dynamic_map = shared + 4 * max(_TABLE_WORDS, tiles.warps * tiles.warp_columns * tiles.rows)
   restored = dynamic_map + 4 * _MAP_WORDS
   by_columns = tiles.rows == 4
   # Rows of a plane that a lane reads: one run of 16, where a block covers the plane, else a run a
@@ -253,7 +264,7 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
   def read_codes(group):
     inside = (group < groups) & (column < n)
     return [
-      t.load(codes, (group * 64 + first + r) * n + column, "u32", inside)
+      t.load_words(codes, (group * 64 + first + r) * n + column, width // 4, inside)
       for first in first_of_step
       for r in range(run)
     ]
@@ -312,20 +323,23 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
 
   lookups = table + lane * 4
 
-  def look(word, byte):
-    return t.load_shared(lookups, t.byte(word, byte) * 128, "u32")
+  def look(words, output):
+    byte = t.byte(words[output // 4], output % 4)
+    return t.load_shared(lookups, byte * 128, "u32")
 
   def block_scales(group, plane, step):
-    """Of the lane's 4 outputs, in the block that a step belongs to; any, beyond the last group."""
+    """Of the lane's outputs, in the block that a step belongs to; any, beyond the last group."""
     within = plane * 64 + (0 if whole else step * 4 * run)
     block = (group * GROUP + within) // shape.block_size
     block = t.minimum(block, blocks - 1)
-    words = t.load_shared_words(restored, (block * tiles.columns + local_column) * 4, 4)
-    return [t.as_float(word) for word in words]
+    at = (block * tiles.columns + local_column) * 4
+    words = [t.load_shared_words(restored, at + 16 * i, 4) for i in range(width // 4)]
+    return [t.as_float(word) for each in words for word in each]
 
   # Steps whose products are of one block.
   per_block = steps if whole else shape.block_size // (4 * run)
   tile_rows = 1 if by_columns else tiles.rows // 8
+  halves = width // 2
   zero = t.float(0.0)
 
   def multiply_by_columns(group, words, x_words, sums):
@@ -335,15 +349,15 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
     selectors = t.select(even, 0x4410, 0x1044), t.select(even, 0x4432, 0x3244)
     (x_words,) = x_words
     for start in range(0, steps, per_block):
-      products = [[zero] * 4, [zero] * 4]
+      products = [[zero] * 4 for _ in range(halves)]
       for s in range(start, start + per_block):
         b = [t.permute(x_words[s], selector) for selector in selectors]
         first, second = words[2 * s], words[2 * s + 1]
-        for half in range(2):
-          a = [look(word, 2 * half + i) for word in (first, second) for i in range(2)]
+        for half in range(halves):
+          a = [look(each, 2 * half + i) for each in (first, second) for i in range(2)]
           products[half] = t.mma(products[half], a, b, shape.dtype)
       low, high = (block_scales(group, plane, start) for plane in range(2))
-      for output in range(4):
+      for output in range(width):
         half, i = divmod(output, 2)
         sums[output] = t.fma(low[output], products[half][2 * i], sums[output])
         sums[output] = t.fma(high[output], products[half][2 * i + 1], sums[output])
@@ -353,28 +367,30 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
     for plane in range(2):
       xs = [read_x(first_row + tile * 8 + g, group, plane) for tile in range(tile_rows)]
       for start in range(0, steps, per_block):
-        products = [[[zero] * 4 for _ in range(tile_rows)] for _ in range(2)]
+        products = [[[zero] * 4 for _ in range(tile_rows)] for _ in range(halves)]
         for s in range(start, start + per_block):
           # Codes of one plane of two rows, in the bytes of a word.
           pairs = []
           for first, second in ((4 * s, 4 * s + 1), (4 * s + 2, 4 * s + 3)):
-            one, other = words[first], words[second]
-            one, other = (one, other << 4) if plane == 0 else (one >> 4, other)
-            pairs.append((one & 0x0F0F0F0F) | (other & 0xF0F0F0F0))
-          for half in range(2):
+            exchanged = []
+            for one, other in zip(words[first], words[second], strict=True):
+              one, other = (one, other << 4) if plane == 0 else (one >> 4, other)
+              exchanged.append((one & 0x0F0F0F0F) | (other & 0xF0F0F0F0))
+            pairs.append(exchanged)
+          for half in range(halves):
             a = [look(pair, 2 * half + i) for pair in pairs for i in range(2)]
             for tile in range(tile_rows):
               b = xs[tile][2 * s : 2 * s + 2]
               products[half][tile] = t.mma(products[half][tile], a, b, shape.dtype)
         scale = block_scales(group, plane, start)
-        for half in range(2):
+        for half in range(halves):
           for tile in range(tile_rows):
             for i in range(4):
               at = (half * tile_rows + tile) * 4 + i
               sums[at] = t.fma(scale[2 * half + i // 2], products[half][tile][i], sums[at])
 
   multiply = multiply_by_columns if by_columns else multiply_by_planes
-  count = 4 if by_columns else 8 * tile_rows
+  count = width if by_columns else 2 * width * tile_rows
 
   def step(i, carried):
     (words, x_words), sums = carried
@@ -394,7 +410,7 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
     t.store(table, at * 4, value)
 
   if by_columns:
-    for output in range(4):
+    for output in range(width):
       put(q, output, sums[output])
   else:
     for at, value in enumerate(sums):

@@ -94,8 +94,8 @@ def weight_specs(w: QuantizedTensor, partition: Partition, leading: int = 0) -> 
   zero = None if w.zero is None else cut
   stack = w.stack
   if stack is not None:
-    leading = [None] * (stack.codes.ndim - 2)
-    stack = dataclasses.replace(whole.stack, codes=P(*leading, k_axis, n_axis))
+    layers = [None] * (stack.codes.ndim - 2)
+    stack = dataclasses.replace(whole.stack, codes=P(*layers, k_axis, n_axis))
   return dataclasses.replace(whole, codes=cut, scales=scales, zero=zero, stack=stack)
 
 

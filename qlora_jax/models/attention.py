@@ -171,7 +171,8 @@ def choose(case: Case, name: AttentionName | None = None) -> AttentionName:
     raise ValueError(f"attention: {name!r}; one of {', '.join(names)}")
   if name in ("plain", "blockwise"):
     return name
-  for each, unsupported in (("cudnn", _cudnn_unsupported), ("decode", _decode_unsupported)):
+  kernels: dict[AttentionName, Any] = {"cudnn": _cudnn_unsupported, "decode": _decode_unsupported}
+  for each, unsupported in kernels.items():
     if name in (None, each) and (reason := unsupported(case)) is None:
       return each
     if name == each:

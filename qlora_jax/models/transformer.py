@@ -318,7 +318,7 @@ class Block(nn.Module):
     x = remat.named(remat.MIDDLE, x + norm("attn_post_norm", config.post_norms, y))
     y = self._mlp(norm("mlp_norm", config.pre_norms, x))
     x = x + norm("mlp_post_norm", config.post_norms, y)
-    return (x, None if cache is None else {name: cache[name] for name in stacks}), None
+    return (x, None if cache is None else {name: cache[name] for name in ("k", "v")}), None
 
   def _mlp(self, x: jax.Array) -> jax.Array:
     config = self.config
@@ -488,8 +488,8 @@ class Transformer(nn.Module):
     positions = jnp.broadcast_to(positions, x.shape[:2])
     keys = {"segment_ids": slots, "positions": write("positions", positions)}
     if fresh:
-      visible = Visible() if plain else Visible(None, (segment_ids,) * 2, (positions,) * 2)
-      return positions, keys, visible
+      same = Visible(None, (segment_ids, segment_ids), (positions, positions))
+      return positions, keys, Visible() if plain else same
     # Slots behind the newest token are empty or its future.
     visible = Visible(index, (segment_ids, slots), (positions, keys["positions"]))
     return positions, keys, visible

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -286,7 +287,7 @@ def simulate(x: Any, w: Any, tiles: Any) -> np.ndarray:
   grid = itertools.product(range(-(-shape.m // tiles.rows)), range(-(-shape.n // tiles.columns)))
   size = gpu_few_rows.shared_bytes(w, tiles)
   program = functools.partial(gpu_few_rows.program, shape)
-  y = _run(program, 512, size, grid, _weight_memory(x, w), shape.m * shape.n * 2)
+  y = _run(program, 32 * tiles.warps, size, grid, _weight_memory(x, w), shape.m * shape.n * 2)
   return y.view(_DTYPES[shape.dtype]).reshape(shape.m, shape.n).astype(np.float32)
 
 
@@ -318,7 +319,7 @@ def simulate_decode(q, k, v, layer, *others) -> np.ndarray:
   parts = _run(program, gpu_decode.THREADS, 4 * shape.shared_words, grid, memory, 4 * count)
   parts = parts.view(np.float32)
   parts = parts.reshape(shape.batch, shape.groups, shape.chunks, shape.shared, -1)
-  return np.asarray(gpu_decode.joined(parts)).reshape(q.shape)
+  return np.asarray(gpu_decode.joined(jnp.asarray(parts))).reshape(q.shape)
 
 
 def _weight_memory(x, w) -> list[np.ndarray]:

@@ -81,6 +81,19 @@ def test_few_rows_thread_by_thread(spec, column_warps):
   assert error(y, x, w) < 1.3 * library_error(x, w)
 
 
+WIDE = [
+  (ArgumentSpec(384, 72, (4,), "bfloat16"), Tiles(4, 1, 8, 8)),
+  (ArgumentSpec(256, 64, (5,), "float16", block_size=16), Tiles(8, 1, 8, 8)),
+  (ArgumentSpec(256, 136, (16,), "bfloat16", block_size=32), Tiles(16, 2, 8, 8)),
+]
+
+
+@pytest.mark.parametrize(("spec", "tiles"), WIDE, ids=str)
+def test_few_rows_by_wide_lanes(spec, tiles):
+  x, w = arguments(spec)
+  assert error(simulate(x, w, tiles), x, w) < 1.3 * library_error(x, w)
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("rows", [1, 8])
 def test_few_rows_reads_each_code_at_its_place(rows, block_size):
@@ -104,6 +117,8 @@ def test_few_rows_says_what_it_does_not_serve():
   assert "x is float32" in reason(ArgumentSpec(256, 16))
   assert "K = 172 and N = 64" in reason(ArgumentSpec(172, 64, dtype="bfloat16"))
   assert "K = 256 and N = 6;" in reason(ArgumentSpec(256, 6, dtype="bfloat16"))
+  wide = Tiles(4, 1, 8, 8)
+  assert "N = 36; multiples of 128 and 8" in reason(ArgumentSpec(256, 36, dtype="bfloat16"), wide)
   assert "other than 4 bits" in reason(ArgumentSpec(256, 16, dtype="bfloat16", codebook="nf3"))
   assert "block size 48" in reason(ArgumentSpec(256, 16, dtype="bfloat16", block_size=48))
   large = ArgumentSpec(28672, 8192, dtype="bfloat16", block_size=16)

@@ -108,12 +108,12 @@ def test_it_is_chosen_and_lowers_for_an_h100():
     assert choose(CASE) == "plain"
   mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=H100)
   spec = ON_A_GPU[0]
-  q, k, v, layer, *rest, scale = spec.arguments()
+  q, k, v, layer, start, segments, positions, _, scale = spec.arguments()
 
   def run(q, k, v, layer, start, segments, positions):
-    of_layer = [x[layer].swapaxes(1, 2) for x in (k, v)]
+    own_k, own_v = (x[layer].swapaxes(1, 2) for x in (k, v))
     visible = Visible(start, segments, positions)
-    return attend(q, *of_layer, visible, scale=scale, cache=(k, v, layer))
+    return attend(q, own_k, own_v, visible, scale=scale, cache=(k, v, layer))
 
   with jax.sharding.use_abstract_mesh(mesh):
     assert choose(CASE) == "decode"
@@ -129,5 +129,5 @@ def test_it_is_chosen_and_lowers_for_an_h100():
       assert choose(case) == "plain"
       with pytest.raises(ValueError, match=f"'decode' cannot serve this: .*{reason}"):
         choose(case, "decode")
-    traced = jax.jit(run).trace(q, k, v, layer, *rest[:-1])
+    traced = jax.jit(run).trace(q, k, v, layer, start, segments, positions)
     assert "decode_attention" in traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -1,6 +1,8 @@
 """Four simulated devices on a CPU, strict promotion for our own numerics, the shared folder."""
 
 import atexit
+import gc
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -19,9 +21,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # `optimized`. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the whole suite with it.
 if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+  # Another two fifths of compiling is MLIR's passes over each fusion. JAX 0.10 has the older
+  # emitters as well, which do without; JAX 0.11 has the new ones alone, and runs the quick part.
+  if importlib.metadata.version("jax").startswith("0.10.") and "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
+
+# Tracing makes many objects and few cycles.
+gc.set_threshold(20_000, 20, 20)
 
 # At import, before any test module can start a backend.
 jax.config.update("jax_num_cpu_devices", 4)

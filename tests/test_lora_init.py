@@ -270,9 +270,8 @@ def test_golden(shared, method):
 @pytest.mark.parametrize(
   ("spectrum", "codebook"),
   [
+    # The other two: tests/experiments/test_quantization_error.py, by whole decompositions.
     ("gauss", "nf4"),
-    pytest.param("gauss", "nf2", marks=pytest.mark.slow),
-    pytest.param("lowrank+gauss", "nf4", marks=pytest.mark.slow),
     pytest.param("lowrank+gauss", "nf2", marks=pytest.mark.slow),
   ],
 )

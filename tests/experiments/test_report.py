@@ -371,12 +371,12 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ten_thousand_trials(tmp_path):
+def test_thousands_of_trials(tmp_path):
   rates = [1e-4 * k for k in range(1, 12)]
   adapters = {
     "lora.rank": [1, 2, 4, 8, 16, 32],
     "optimizer.learning_rate": rates,
-    "seed": range(5),
+    "seed": range(1),
   }
   bases = {
     "quantization.codebook": list(synthetic_sweep.WEIGHT_ERRORS),
@@ -385,7 +385,7 @@ def test_ten_thousand_trials(tmp_path):
   trials = synthetic_sweep.resolve(
     [*grid({"model.quantize": [False], **adapters}), *grid({**bases, **adapters})]
   )
-  assert len(trials) > 10_000
+  assert len(trials) > 2_000
   synthetic_sweep.write(tmp_path / "s", trials)
   # Of its own memory alone: what getrusage says of a child counts that of who forked it.
   program = (
@@ -402,8 +402,10 @@ def test_ten_thousand_trials(tmp_path):
   )
   peak = re.search(r"VmHWM:\s+(\d+) kB", result.stdout)
   assert peak is not None
-  assert int(peak[1]) < 2e6
+  # kB. 347 MB here and 441 of 10,230 trials, in 35 s on a busy machine: the interpreter's and the
+  # plots' share is most of it. At the bound, 10,000 trials would take less than 1 GB.
+  assert int(peak[1]) < 5e5
   page = (tmp_path / "s" / "report.html").read_text()
-  assert len(page) < 5e6 and "1,000 of 10,230 rows; all in trials.csv" in page
+  assert len(page) < 5e6 and "1,000 of 2,046 rows; all in trials.csv" in page
   with (tmp_path / "s" / "trials.csv").open() as file:
     assert sum(1 for _ in csv.DictReader(file)) == len(trials)

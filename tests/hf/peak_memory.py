@@ -10,6 +10,7 @@ from typing import Any
 ENVIRONMENT = os.environ | {
   "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
   "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+  "XLA_FLAGS": "",  # tests/conftest.py sets it for what compiles much
 }
 
 

@@ -258,7 +258,7 @@ def test_a_merge_needs_the_memory_of_one_part(tmp_path):
   # Of the table, and of the head; a layer has 29 million weights.
   part = 32768 * 1024 * 4
   logits = 4 * 64 * 32768 * 4
-  for name, adapter_name, layers in (("one", "adapter1", 1), ("deep", "adapter2", 8)):
+  for name, adapter_name, layers in (("one", "adapter1", 1), ("deep", "adapter2", 5)):
     raw = {"model_type": "llama", **COMMON, **fields, "num_hidden_layers": layers}
     model = Transformer(families.read_config(raw), jnp.dtype("float32"))
     frozen = random_base(model, jnp.bfloat16)
@@ -272,7 +272,7 @@ def test_a_merge_needs_the_memory_of_one_part(tmp_path):
   )
   peak = int(result.stdout.splitlines()[-1])
   # The check has the head in bfloat16 and cast to float32, and the logits of before and after. The
-  # base is 4.5 of these parts.
+  # base is 3.2 of these parts, the bound 2.25.
   bound = 1.75 * part + 2 * logits
   assert peak < bound, peak / bound
 

@@ -27,6 +27,7 @@ from qlora_jax.quantized_tensor import (
   TwoLevelScales,
   is_quantized,
   join_rows,
+  look_up,
   pack,
   restore_scales,
   split_rows,
@@ -704,13 +705,7 @@ def decode(w: QuantizedTensor, dtype: DTypeLike) -> list[jax.Array]:
   scales = split_rows(_rows(restore_scales(w.scales), k, w.block_size), w.bits, 0)
   levels = w.levels.astype(jnp.float32)
 
-  def look_up(codes: jax.Array) -> jax.Array:
-    place: Any = codes
-    if w.column_tables:
-      place = (jax.lax.broadcasted_iota(jnp.int32, codes.shape, 2), codes)
-    return levels.at[place].get(mode="promise_in_bounds")
-
-  weights = [look_up(codes) for codes in unpack(w.codes, w.bits, w.padding)]
+  weights = [look_up(levels, codes) for codes in unpack(w.codes, w.bits, w.padding)]
   if w.zero is not None:
     zeros = split_rows(_rows(w.zero.astype(jnp.float32), k, w.block_size), w.bits, 0)
     weights = [weight - zero for weight, zero in zip(weights, zeros, strict=True)]

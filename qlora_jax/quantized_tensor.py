@@ -17,13 +17,13 @@ each plane; the three bytes lie in three consecutive runs of rows.
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax import codebooks
+from qlora_jax import codebooks, traced_for
 
 GROUP = 128
 
@@ -405,6 +405,30 @@ def unpack(packed: jax.Array, bits: int, padding: int) -> list[jax.Array]:
   return [part[:, :size] for part, size in zip(parts, sizes, strict=True)]
 
 
+def look_up(table: jax.Array, codes: jax.Array) -> jax.Array:
+  """`table[codes]`, of uint8 codes within the table.
+
+  On a TPU by a tree of selects: XLA's gather there reads a whole tile of memory for each code, by
+  its compiler's account (`experiments.bench.tpu_compile`).
+
+  Args:
+    table: `[2**bits]`, or `[N, 2**bits]`, a table for each of the codes' last axis.
+    codes: `[..., N]`.
+  """
+  if traced_for.target()[0] == "tpu":
+    found = [jnp.broadcast_to(table[..., i], codes.shape) for i in range(table.shape[-1])]
+    bit = 1
+    while len(found) > 1:
+      on = (codes & np.uint8(bit)) != 0
+      found = [jnp.where(on, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
+      bit *= 2
+    return found[0]
+  place: Any = codes
+  if table.ndim == 2:
+    place = (jax.lax.broadcasted_iota(jnp.int32, codes.shape, codes.ndim - 1), codes)
+  return table.at[place].get(mode="promise_in_bounds")
+
+
 def restore_scales(scales: Scales) -> jax.Array:
   """`[..., K/B, N]` float32 scales, from whatever they are stored as."""
   if isinstance(scales, TwoLevelScales):
@@ -419,11 +443,14 @@ def restore_scales(scales: Scales) -> jax.Array:
     return jax.vmap(restore_scales)(scales)
   blocks, n = scales.codes.shape
   # The flat index of bitsandbytes' order, [out, in].
-  row, column = (jax.lax.broadcasted_iota(jnp.int32, (blocks, n), axis) for axis in (0, 1))
-  index = (column * np.int32(blocks) + row) // np.int32(scales.block_size)
-  absmax = scales.absmax.at[index].get(mode="promise_in_bounds")
-  table = jnp.asarray(codebooks.dynamic_map())
-  product = table.at[scales.codes].get(mode="promise_in_bounds") * absmax
+  if traced_for.target()[0] == "tpu":
+    # Without a lookup: see `look_up`.
+    absmax = jnp.repeat(scales.absmax, scales.block_size)[: n * blocks].reshape(n, blocks).T
+  else:
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (blocks, n), axis) for axis in (0, 1))
+    index = (column * np.int32(blocks) + row) // np.int32(scales.block_size)
+    absmax = scales.absmax.at[index].get(mode="promise_in_bounds")
+  product = look_up(jnp.asarray(codebooks.dynamic_map()), scales.codes) * absmax
   # The level of code 127 is 0. The select keeps two roundings: XLA's CPU backend fuses a bare
   # product and sum into one (a barrier between them does not stop it in JAX 0.10.2).
   restored = jnp.where(scales.codes == np.uint8(127), 0, product) + scales.offset

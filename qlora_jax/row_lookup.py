@@ -1,13 +1,17 @@
 """Rows of a packed matrix, without the rest: what a token table that is packed is read by."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qlora_jax.quantized_tensor import QuantizedTensor, plane_rows, planes, restore_scales
+from qlora_jax.quantized_tensor import (
+  QuantizedTensor,
+  look_up,
+  plane_rows,
+  planes,
+  restore_scales,
+)
 
 
 def take_rows(w: QuantizedTensor, ids: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -34,6 +38,6 @@ def take_rows(w: QuantizedTensor, ids: jax.Array, dtype: DTypeLike = jnp.float32
   plane, row = jnp.divmod(inside, np.int32(full))
   packed = jnp.take(w.codes, group * np.int32(full) + row, axis=0)
   shift = (plane * np.int32(w.bits)).astype(jnp.uint8)[..., None]
-  codes: Any = (packed >> shift) & np.uint8(2**w.bits - 1)
+  codes = (packed >> shift) & np.uint8(2**w.bits - 1)
   scales = jnp.take(restore_scales(w.scales), ids // np.int32(w.block_size), axis=0)
-  return (w.levels.astype(jnp.float32)[codes] * scales).astype(dtype)
+  return (look_up(w.levels.astype(jnp.float32), codes) * scales).astype(dtype)

@@ -18,6 +18,7 @@ import qlora_jax
 LAYERS = {
   "numbers": [
     "deprecations",
+    "traced_for",
     "block_optimal",
     "codebooks",
     "tree_paths",

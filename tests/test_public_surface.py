@@ -16,7 +16,7 @@ from qlora_jax.deprecations import Deprecation
 # Without an underscore, since our own modules use them; promised to nobody.
 INTERNAL = {
   "qlora_jax.codebooks": {"dynamic_map", "is_table", "name_of", "normal_float", "student_ppf"},
-  "qlora_jax.linen": {"plain_weight", "weight"},
+  "qlora_jax.linen": {"lend_stacks", "plain_weight", "weight"},
   "qlora_jax.lora": {
     "add_token_logits",
     "base_weight",

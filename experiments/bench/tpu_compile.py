@@ -6,8 +6,8 @@ Compiled, on any machine where libtpu is installed; nothing runs on a TPU. The p
 
   specs    every small case of `matmul.specs`, forward and input gradient: seconds to compile, VMEM.
   real     Llama-3.1-8B's MLP, of few rows and of many: the same, bundles of a step for 1,024
-           weights, and the compiler's account of cost and memory beside that of XLA's own programs:
-           dequantize, then dot, with the levels looked up and with 15 selects.
+           weights, and the compiler's account of cost and memory beside that of XLA's own program:
+           dequantize, then dot.
   decodes  ways to turn codes into levels: bundles, and vector operations, for 1,024 weights.
   steps    a train step of Llama-3.1-8B's shape, 4 × 2048 tokens on 2 × 2 chips (fsdp × tensor),
            with the kernel and with XLA's product: bytes on each chip.
@@ -41,13 +41,7 @@ from qlora_jax.hf import checkpoint
 from qlora_jax.matmul import quantized_matmul, sharded, specs, tpu_tiles
 from qlora_jax.memory import step_bytes
 from qlora_jax.models.transformer import Transformer
-from qlora_jax.quantized_tensor import (
-  QuantizedTensor,
-  is_quantized,
-  restore_scales,
-  split_rows,
-  unpack,
-)
+from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import init_state, make_train_step
 
 PARTS = ("decodes", "real", "specs", "steps")
@@ -79,18 +73,13 @@ def measure_spec(chip: str, spec: specs.ArgumentSpec) -> Iterator[dict[str, Any]
   def gradient(product, g, x, w):
     return jax.vjp(lambda x: product(x, w), x)[1](g)
 
-  products: dict[str, Callable] = {
-    "tpu": functools.partial(quantized_matmul, implementation="tpu"),
-    "xla": functools.partial(quantized_matmul, implementation="xla"),
-    "xla, selects": product_by_selects,
-  }
   for work, kernel, arguments in (
     ("forward", "quantized_matmul", (x, w)),
     ("input gradient", "quantized_matmul_gradient", (g, x, w)),
   ):
 
     def compiled(name, work=work, arguments=arguments):
-      product = products[name]
+      product = functools.partial(quantized_matmul, implementation=name)
       function = product if work == "forward" else functools.partial(gradient, product)
       return tpu_compiler.compile_for(mesh, function, *arguments)
 
@@ -113,7 +102,7 @@ def measure_spec(chip: str, spec: specs.ArgumentSpec) -> Iterator[dict[str, Any]
         for unit, used in schedule.units.items()
       }
       result["tpu"] = analysis(ours)
-      result |= {name: analysis(compiled(name)) for name in products if name != "tpu"}
+      result["xla"] = analysis(compiled("xla"))
     yield result
 
 
@@ -131,21 +120,6 @@ def analysis(compiled: Any) -> dict[str, Any]:
     "optimal_seconds": seconds if seconds > 0 else None,
     "hbm_temporaries": compiled.memory_analysis().temp_size_in_bytes,
   }
-
-
-def product_by_selects(x: jax.Array, w: QuantizedTensor) -> jax.Array:
-  """The definition without a lookup, which XLA does not fuse into the product on a TPU.
-
-  Of 4 bits in blocks of 64, K whole groups. Differentiable by JAX's own rules.
-  """
-  scales = restore_scales(w.scales).reshape(-1, 2, 1, w.shape[1])
-  total = jnp.zeros((*x.shape[:-1], w.shape[1]), jnp.float32)
-  parts = zip(split_rows(x, w.bits, -1), unpack(w.codes, w.bits, w.padding), strict=True)
-  for j, (part, codes) in enumerate(parts):
-    levels = select(list(w.levels.astype(jnp.float32)), [codes & (1 << i) != 0 for i in range(4)])
-    plane = (levels * scales[:, j]).astype(x.dtype)
-    total += jnp.einsum("...gk,gkn->...n", part, plane, preferred_element_type=jnp.float32)
-  return total.astype(x.dtype)
 
 
 def select(levels: list[jax.Array], bits: list[jax.Array]) -> jax.Array:

@@ -1,27 +1,12 @@
-"""What a product is traced for, and what every Pallas kernel of the op needs."""
-
-from typing import Any
+"""What every Pallas kernel of the op needs."""
 
 import jax
 
 from qlora_jax.quantized_tensor import AnyQuantizedTensor, QuantizedTensor
+from qlora_jax.traced_for import target as target
 
 # The first JAX whose Pallas the kernels were written for and run with.
 _LEAST_JAX = (0, 11, 2)
-
-
-def target() -> tuple[str, Any]:
-  """The platform that is traced for, and its device.
-
-  The one that JAX takes by default: a trace does not know of arrays that are committed to another.
-  """
-  # A program can be lowered for a device that is not there.
-  if device := jax.sharding.get_abstract_mesh().abstract_device:
-    return device.platform or jax.default_backend(), device
-  config: Any = jax.config
-  default = config.jax_default_device
-  device = default if isinstance(default, jax.Device) else jax.devices(default)[0]
-  return device.platform, device
 
 
 def unsupported(w: AnyQuantizedTensor, *platforms: str) -> str | None:

@@ -10,11 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from experiments.bench import matmul, tpu_compile, tpu_compiler, tpu_model
-from qlora_jax import quantize, quantized_matmul
 from qlora_jax.matmul import api
 from qlora_jax.models.transformer import TransformerConfig
 
@@ -91,13 +89,6 @@ def test_a_tpus_time_is_that_of_its_programs(monkeypatch):
   monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda path: profile)
   # A median of 6000 ns for a program of two calls.
   assert matmul.busy(lambda: jnp.zeros(()), 2)["us"] == pytest.approx(3.0)
-
-
-def test_a_product_by_selects_is_the_definition():
-  x = jax.random.normal(jax.random.key(0), (3, 256))
-  w = quantize(jax.random.normal(jax.random.key(1), (256, 8)))
-  found = jax.jit(tpu_compile.product_by_selects)(x, w)
-  np.testing.assert_allclose(found, quantized_matmul(x, w), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -19,11 +19,12 @@ from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
 from experiments.bench import tpu_compile, tpu_compiler
-from qlora_jax import dequantize, quantize, quantized_matmul
+from qlora_jax import dequantize, quantize, quantized_matmul, traced_for
 from qlora_jax.matmul import api, sharded, specs, stacked, target, tpu
 from qlora_jax.matmul.specs import ArgumentSpec
 from qlora_jax.models.transformer import Transformer, TransformerConfig
-from qlora_jax.quantized_tensor import Stack
+from qlora_jax.quantization import decode
+from qlora_jax.quantized_tensor import Stack, join_rows
 from tests.matmul.test_quantized_matmul import assert_product
 
 if jax.__version_info__ < (0, 11, 2):
@@ -281,6 +282,20 @@ def test_float32_is_multiplied_as_float32():
     assert "Precision.HIGHEST" not in traced(quantized_matmul, x, w)
   half = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
   assert "Precision.HIGHEST" not in traced(quantized_matmul, half, w)
+
+
+@pytest.mark.parametrize("codebook", ["nf4", "nf3", "int8", "any4"])
+def test_xla_finds_levels_without_a_lookup(codebook, monkeypatch):
+  spec = ArgumentSpec(130, 6, codebook=codebook, double_quantization=codebook != "any4")
+  w = spec.w(jax.random.key(0))
+  expected = dequantize(w)
+  monkeypatch.setattr(traced_for, "target", lambda: ("tpu", None))
+
+  def decoded(w):
+    return join_rows(decode(w, jnp.float32), 0)
+
+  np.testing.assert_array_equal(jax.jit(decoded)(w), expected)
+  assert "gather" not in str(jax.make_jaxpr(decoded)(w))
 
 
 # The compiler's programs

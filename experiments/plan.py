@@ -1,12 +1,14 @@
 """Says before a run what it will need: memory, time, the longest rows, the largest batch.
 
   python -m experiments.plan --config configs/stories.py --model llama-8b --device h100
-  python -m experiments.plan --fit train.json
+  python -m experiments.plan --fit train.json [--json errors.json]
 
 Of a config (any field as `--config.section.field=value`) and a device's data sheet, by remat
 policy: the peak, with its parts, the tokens a second, the longest row and the largest batch that
 fit; the adapter's size on disk; the time of all steps. `--model` takes the shape of a well-known
 model in place of the config's own; no weights are needed, and no accelerator.
+
+Of a config with `sweep()`, `--index=3` plans one trial, and without it what the trials differ from.
 
 `--fit` takes what `experiments.bench.train_step` wrote, fits the model's constants on every other
 row, and prints how far it is off on each.
@@ -14,18 +16,22 @@ row, and prints how far it is off on each.
 
 import argparse
 import dataclasses
+import difflib
 import json
+import math
+import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 from experiments import command_line
-from experiments.planned import planner, step_of
+from experiments.planned import evaluation, planner, step_of
 from experiments.shapes import SHAPES
+from qlora_jax import config as config_lib
 from qlora_jax import plan
 from qlora_jax.config import ExperimentConfig
 
@@ -113,10 +119,15 @@ def text(
       "train.compare_16bit trains on the base in 16 bits as well, which is not counted: plan that "
       "with --config.model.quantize=False --config.train.compare_16bit=False"
     )
-  if config.train.eval_batch_size > step.batch_size:
-    lines.append(
-      f"evaluations of {config.train.eval_batch_size} rows (train.eval_batch_size) are not counted"
-    )
+  peak = evaluation(planned, config).total
+  lines.append(
+    f"evaluating {config.train.eval_batch_size} rows at a time takes {peak / 1e9:.2f} GB"
+  )
+  how = planned.attention(step)
+  if planned.config.num_experts:
+    lines.append("no step of experts was measured: bytes are the compiler's, times a guess")
+  elif how != "cudnn":
+    lines.append(f"attention is {how} here, and was cuDNN's where steps were measured: times guess")
   if rows[0]["step_seconds"] < 0.01:
     lines.append("a step so short takes as long as launching it does, which is not counted here")
   if name != "h100":
@@ -143,15 +154,15 @@ def fitted(rows: Sequence[dict[str, Any]]) -> tuple[plan.Constants, list[dict[st
     if "error" in found:
       continue
     row = train_step.Row.parse(entry["row"])
-    planned = train_step.planner(row)
     step = train_step.plan_step(row)
+    device = train_step.planned_device(found["device"])
+    if device is None:
+      raise ValueError(f"{entry['row']}: device {found['device']!r}; no data sheet in plan.DEVICES")
+    planned = train_step.planner(row).on(device.capability)
     # The step's own: a process's peak may be that of making its base.
     state = sum(getattr(planned.memory(step), part) for part in ("adapters", "optimizer"))
     peak = found["base_bytes"] + state + found["temporary_bytes"]
     seconds = statistics.median(found["step_seconds"])
-    device = train_step.planned_device(found["device"])
-    if device is None:
-      raise ValueError(f"{entry['row']}: device {found['device']!r}; no data sheet in plan.DEVICES")
     measured.append((entry["row"], plan.Measured(planned, step, device, peak, seconds)))
   constants = plan.fit(each for _, each in measured[::2])
   errors = []
@@ -168,42 +179,135 @@ def fitted(rows: Sequence[dict[str, Any]]) -> tuple[plan.Constants, list[dict[st
   return constants, errors
 
 
+class _Parser(argparse.ArgumentParser):
+  """Raises what is wrong, as one line."""
+
+  def error(self, message: str) -> NoReturn:
+    raise ValueError(re.sub(r"^argument (--\w+): ", r"\1: ", message))
+
+
+def _parser() -> argparse.ArgumentParser:
+  def positive(text: str) -> float:
+    try:
+      value = float(text)
+    except ValueError:
+      value = math.nan
+    if not 0 < value < math.inf:
+      raise argparse.ArgumentTypeError(f"{text!r}; a number above 0")
+    return value
+
+  def one_of(known: Mapping[str, Any]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+      if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r}; one of {', '.join(known)}")
+      return text
+
+    return read
+
+  parser = _Parser(
+    prog="python -m experiments.plan",
+    description=__doc__,
+    epilog="any field of the config as --config.FIELD=VALUE: python -m experiments.run --help",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument("--config", help="a Python file with get_config()")
+  parser.add_argument("--index", type=int, help="of a config with sweep(): the trial to plan")
+  parser.add_argument(
+    "--device", default="h100", type=one_of(plan.DEVICES), help=", ".join(plan.DEVICES)
+  )
+  parser.add_argument("--memory_gb", type=positive, help="in place of the device's")
+  parser.add_argument("--host_memory_gb", type=positive, default=128.0, help="128")
+  parser.add_argument("--model", type=one_of(SHAPES), help=", ".join(SHAPES))
+  parser.add_argument("--fit", type=Path, help="what experiments.bench.train_step --out wrote")
+  parser.add_argument(
+    "--json", type=Path, help="writes the table, or --fit's errors, there as well"
+  )
+  return parser
+
+
+def _known(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+  """Raises ValueError for a flag that is neither a plan's nor a field of the config."""
+  own = [name for action in parser._actions for name in action.option_strings]
+  for word in words:
+    name = word.split("=")[0]
+    if not word.startswith("-"):
+      raise ValueError(f"{word!r}: not a flag; flags are --name=value, and --help lists them")
+    if not name.startswith(("--config.", "--noconfig.")):
+      near = difflib.get_close_matches(name, own, n=1)
+      # `--lora.rank=8`, where `--config.lora.rank=8` is right
+      near = near or [f"--config.{path}" for path in config_lib.fields() if name == f"--{path}"]
+      meant = f"did you mean {near[0]}?" if near else "--help lists what there is"
+      raise ValueError(f"{name}: no such flag; {meant}")
+
+
+def _config(own: argparse.Namespace, overrides: Sequence[str]) -> tuple[ExperimentConfig, bool]:
+  """What is planned, and whether a sweep's trials may differ from it."""
+  words = [] if own.config is None else [f"--config={own.config}"]
+  words += [] if own.index is None else [f"--index={own.index}"]
+  arguments = command_line.parse([*words, *overrides])
+  if arguments.trials is not None and own.index is not None:
+    return arguments.trials[own.index].config, False
+  return arguments.config, arguments.trials is not None
+
+
+def _fit(own: argparse.Namespace) -> None:
+  constants, errors = fitted(_measured(own.fit))
+  print(constants)
+  for each in errors:
+    print(
+      f"{each['row']:40}{'fitted' if each['fitted'] else 'checked':8} "
+      f"memory {100 * each['peak_error']:+5.1f}%  time {100 * each['step_error']:+5.1f}%"
+    )
+  if own.json is not None:
+    own.json.write_text(
+      json.dumps({"constants": dataclasses.asdict(constants), "rows": errors}, indent=1)
+    )
+
+
+def _measured(path: Path) -> list[dict[str, Any]]:
+  """A benchmark's rows, as far as it can be told that they are."""
+  try:
+    rows = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path}: no JSON: {error}") from None
+  needed = {"base_bytes", "temporary_bytes", "step_seconds", "device"}
+  for row in rows if isinstance(rows, list) else [rows]:
+    if not isinstance(row, dict) or not isinstance(row.get("row"), str):
+      raise ValueError(f"{path}: not what experiments.bench.train_step --out writes: {row!r:.60}")
+    ours = row.get("ours")
+    if not isinstance(ours, dict) or not ("error" in ours or needed <= ours.keys()):
+      raise ValueError(
+        f"{path}: {row['row']}: its measures lack some of {', '.join(sorted(needed))}"
+      )
+  return rows if isinstance(rows, list) else [rows]
+
+
 def main(argv: Sequence[str]) -> int:
   """Prints the plan that `argv` asks for; 2 for what the user can mend."""
-  parser = argparse.ArgumentParser(
-    prog="python -m experiments.plan", description=__doc__, add_help=False, allow_abbrev=False
-  )
-  parser.add_argument("--device", default="h100")
-  parser.add_argument("--memory_gb", type=float, help="in place of the device's")
-  parser.add_argument("--host_memory_gb", type=float, default=128.0)
-  parser.add_argument("--model", help=f"one of {', '.join(SHAPES)}")
-  parser.add_argument("--fit", type=Path)
-  parser.add_argument("--json", type=Path, help="writes the table there as well")
-  own, rest = parser.parse_known_args(argv)
+  parser = _parser()
   # Nothing is computed: the accelerator is left to whoever is using it.
   jax.config.update("jax_platforms", "cpu")
   try:
+    # A value that stands apart (`--config.lora.rank 8`) is joined: a stray word is then known.
+    own, rest = parser.parse_known_args(_joined(argv))
+    _known(parser, rest)
+    if own.json is not None and not own.json.parent.is_dir():
+      raise ValueError(f"--json: {own.json}; there is no directory {own.json.parent}")
     if own.fit is not None:
-      constants, errors = fitted(json.loads(own.fit.read_text()))
-      print(constants)
-      for each in errors:
-        print(
-          f"{each['row']:40}{'fitted' if each['fitted'] else 'checked':8} "
-          f"memory {100 * each['peak_error']:+5.1f}%  time {100 * each['step_error']:+5.1f}%"
-        )
+      given = {word.split("=")[0] for word in _joined(argv)} - {"--fit", "--json"}
+      if given:
+        raise ValueError(f"--fit: with {min(given)}; it plans nothing, so give it --json alone")
+      _fit(own)
       return 0
-    for flag, value, known in (
-      ("device", own.device, plan.DEVICES),
-      ("model", own.model, SHAPES),
-    ):
-      if value is not None and value not in known:
-        raise ValueError(f"--{flag}: {value!r}; one of {', '.join(known)}")
     device = plan.DEVICES[own.device]
     if own.memory_gb is not None:
       device = dataclasses.replace(device, memory=1e9 * own.memory_gb)
-    config = command_line.parse(rest).config
-    planned = planner(config, SHAPES[own.model] if own.model else None)
+    config, differs = _config(own, rest)
+    planned = planner(config, SHAPES[own.model] if own.model else None, device)
     print(text(config, planned, own.device, device, 1e9 * own.host_memory_gb))
+    if differs:
+      print("the config has a sweep(): its trials may differ from this; --index=N plans one")
     if own.json is not None:
       rows = table(config, planned, device, 1e9 * own.host_memory_gb)
       own.json.write_text(json.dumps(rows, indent=1))
@@ -211,6 +315,17 @@ def main(argv: Sequence[str]) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
   return 0
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+  """`argv` with `--name value` as `--name=value`."""
+  words: list[str] = []
+  for word in argv:
+    if words and not word.startswith("-") and words[-1].startswith("--") and "=" not in words[-1]:
+      words[-1] += f"={word}"
+    else:
+      words.append(word)
+  return words
 
 
 if __name__ == "__main__":

@@ -39,5 +39,18 @@ SHAPES: dict[str, TransformerConfig] = {
     embedding_scale=math.sqrt(5376),
     **_GEMMA3,
   ),
+  "mixtral-8x7b": _model(
+    *(32000, 4096, 14336, 32, 32, 8, 128),
+    num_experts=8,
+    experts_per_token=2,
+    model_type="mixtral",
+  ),
+  "qwen3-30b-a3b": _model(
+    *(151936, 2048, 768, 48, 32, 4, 128),
+    qk_norm="head",
+    num_experts=128,
+    experts_per_token=8,
+    model_type="qwen3_moe",
+  ),
   "tiny": _model(256, 64, 128, 2, 4, 2, 16),
 }

@@ -17,6 +17,7 @@ Where `model.quantize` is False the run is one of 16-bit LoRA, in the same place
 
 import contextlib
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -324,13 +325,14 @@ def run_stage(
   check_disk(directory, (train.keep_checkpoints + 1) * tree_paths.tree_bytes(state))
 
   def loss(params, constants) -> float:
-    return held_out_loss(
-      model,
-      {"params": params, "constants": constants, "frozen": frozen},
-      rows.held_out,
-      batch_size=train.eval_batch_size,
-      loss_chunk=train.loss_chunk,
-    )
+    with planned.out_of_memory_explained(lambda: planned.evaluation_explained(config, model)):
+      return held_out_loss(
+        model,
+        {"params": params, "constants": constants, "frozen": frozen},
+        rows.held_out,
+        batch_size=train.eval_batch_size,
+        loss_chunk=train.loss_chunk,
+      )
 
   evaluated: dict[int, float] = {}
 
@@ -409,7 +411,8 @@ def run_stage(
 def train_alone(training: Training, shared: Shared) -> TrainState:
   """Takes the steps of a training; returns its last state."""
   step = _train_step(training.config, training.model, training.optimizer, shared)
-  with planned.out_of_memory_explained(training.config, training.model):
+  explain = functools.partial(planned.training_explained, training.config, training.model)
+  with planned.out_of_memory_explained(explain):
     return drive(training.state, step, training.frozen, training.loop)
 
 

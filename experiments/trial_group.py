@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import trial
+from experiments import planned, trial
 from experiments.trial import Shared, Steps, Training
 from qlora_jax import memory, optimizers, sweeps, trial_groups
 from qlora_jax.train import Interrupted, SignalGuard, TrainState
@@ -213,6 +213,11 @@ def _fits(members: Sequence[_Member], shared: Shared) -> bool:
   return needed <= available
 
 
+def _read(metrics: Any, explain: Callable[[], str]) -> Any:
+  with planned.out_of_memory_explained(explain):
+    return jax.device_get(metrics)
+
+
 def _train_together(members: Sequence[_Member], shared: Shared) -> list[tuple[_Member, TrainState]]:
   """Takes the steps of several trainings at once; those that came to their end, and how."""
   trainings = _trainings(members)
@@ -225,6 +230,10 @@ def _train_together(members: Sequence[_Member], shared: Shared) -> list[tuple[_M
     )
   )
   batches: dict[int, Any] = {}
+  configs = [each.config for each in trainings]
+  explain = functools.cache(
+    lambda: planned.group_explained(configs, first.model, first.frozen, _wide(trainings))
+  )
   learning = set(range(len(members)))
   ended: dict[int, TrainState] = {}
   stopped: Interrupted | None = None
@@ -253,9 +262,10 @@ def _train_together(members: Sequence[_Member], shared: Shared) -> list[tuple[_M
       [batches[i] if i in learning else some for i in range(len(members))]
     )
     mask = jnp.asarray([i in learning for i in range(len(members))])
-    states, metrics = step(states, rates, mask, first.frozen, together)
+    with planned.out_of_memory_explained(explain):
+      states, metrics = step(states, rates, mask, first.frozen, together)
     # Read once for all trials, when the first one asks.
-    read = functools.cache(functools.partial(jax.device_get, metrics))
+    read = functools.cache(functools.partial(_read, metrics, explain))
     for i in sorted(learning):
       done = (
         functools.partial(trial_groups.unstack, states, i, likes[i]),

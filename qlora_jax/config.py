@@ -311,7 +311,8 @@ class TrainConfig(_Section):
     z_loss: what the square of the log of the softmax's sum is weighted by in the loss trained on.
     compare_16bit: also train LoRA on the 16-bit base, same data, for the closing table.
     compiled_programs: the directory where they are kept for the next process; auto: that of
-      $JAX_COMPILATION_CACHE_DIR, else one in the user's cache; None for none.
+      $JAX_COMPILATION_CACHE_DIR, else one in the user's cache; None for none. But of the first,
+      at most 4 GiB, or $JAX_COMPILATION_CACHE_MAX_SIZE bytes: the least recently used go.
   """
 
   steps: int = 200

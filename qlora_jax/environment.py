@@ -3,6 +3,7 @@
 The host's name and the user's are left out: a summary is made to be shown.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,10 @@ from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+# Bytes of compiled programs that are kept where this does not say.
+MOST_COMPILED = 4 * 2**30
+_MAX_SIZE = "JAX_COMPILATION_CACHE_MAX_SIZE"
 
 # As they are installed; importlib.metadata knows a version without importing the package.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "qlora_jax")
@@ -47,6 +52,10 @@ def describe() -> dict[str, Any]:
 def keep_compiled_programs(directory: str | None, default: Path) -> None:
   """Has XLA's compiled programs kept on disk, for the processes that come after this one.
 
+  Of what lies there, the least recently used goes where it is more than `MOST_COMPILED` bytes, or
+  than `$JAX_COMPILATION_CACHE_MAX_SIZE` says. A directory that JAX was told of otherwise, or one
+  of a remote file system, is left as it is.
+
   Args:
     directory: "auto" takes `$JAX_COMPILATION_CACHE_DIR`, or what was set before in this process,
       else `default`; None keeps none.
@@ -65,9 +74,25 @@ def keep_compiled_programs(directory: str | None, default: Path) -> None:
     # JAX would warn of each program that it cannot keep there.
     Path(chosen).mkdir(parents=True, exist_ok=True)
   if chosen != before:
+    most = -1
+    if chosen is not None and "://" not in chosen:
+      most = MOST_COMPILED
+      _date(Path(chosen))
+    if _MAX_SIZE not in os.environ:
+      jax.config.update(_MAX_SIZE.lower(), most)
     jax.config.update("jax_compilation_cache_dir", chosen)
     # JAX looks once, when it compiles for the first time.
     compilation_cache.reset_cache()
+
+
+def _date(directory: Path) -> None:
+  """Says when the programs were used that were written without a bound: JAX 0.10 stumbles there."""
+  for program in directory.glob("*-cache"):
+    used = program.with_name(f"{program.name.removesuffix('cache')}atime")
+    # Another process may do the same, or drop it.
+    with contextlib.suppress(FileNotFoundError):
+      if not used.exists():
+        used.write_bytes(program.stat().st_mtime_ns.to_bytes(8, "little"))
 
 
 def compiled_programs() -> str | None:

@@ -9,6 +9,7 @@ speeds, are the six `Constants`, fitted on runs that `experiments.bench.train_st
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -21,6 +22,8 @@ import optax
 from qlora_jax import tree_paths
 from qlora_jax.lora import HEAD, TABLE, LoRAConfig
 from qlora_jax.lora import init as init_lora
+from qlora_jax.models import mlp
+from qlora_jax.models.attention import AttentionName, Case, cudnn_limits, without_kernels
 from qlora_jax.models.remat import REMAT_POLICIES, RematPolicy
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 from qlora_jax.quantized_tensor import is_quantized
@@ -36,26 +39,28 @@ class Device:
     bytes_s: of its memory.
     host_bytes_s: of its link to the host, one way; None where that is not known, and nothing is
       said of `offload` then.
+    capability: an NVIDIA GPU's compute capability, which says what cuDNN's attention takes there.
   """
 
   memory: float
   flop_s: float
   bytes_s: float
   host_bytes_s: float | None = None
+  capability: float | None = None
 
 
 # NVIDIA's data sheets (without sparsity; the link is PCIe's, less a fifth), and
 # https://docs.cloud.google.com/tpu/docs/v5e, v5p, v6e.
 DEVICES: dict[str, Device] = {
-  "h100": Device(80e9, 989e12, 3.35e12, 50e9),
-  "h200": Device(141e9, 989e12, 4.8e12, 50e9),
-  "a100": Device(80e9, 312e12, 2.04e12, 25e9),
-  "a100-40gb": Device(40e9, 312e12, 1.555e12, 25e9),
-  "l4": Device(24e9, 121e12, 0.3e12, 25e9),
-  "l40s": Device(48e9, 362e12, 0.864e12, 25e9),
-  "a6000": Device(48e9, 155e12, 0.768e12, 25e9),
-  "rtx3090": Device(24e9, 71e12, 0.936e12, 25e9),
-  "rtx4090": Device(24e9, 165e12, 1.008e12, 25e9),
+  "h100": Device(80e9, 989e12, 3.35e12, 50e9, 9.0),
+  "h200": Device(141e9, 989e12, 4.8e12, 50e9, 9.0),
+  "a100": Device(80e9, 312e12, 2.04e12, 25e9, 8.0),
+  "a100-40gb": Device(40e9, 312e12, 1.555e12, 25e9, 8.0),
+  "l4": Device(24e9, 121e12, 0.3e12, 25e9, 8.9),
+  "l40s": Device(48e9, 362e12, 0.864e12, 25e9, 8.9),
+  "a6000": Device(48e9, 155e12, 0.768e12, 25e9, 8.6),
+  "rtx3090": Device(24e9, 71e12, 0.936e12, 25e9, 8.6),
+  "rtx4090": Device(24e9, 165e12, 1.008e12, 25e9, 8.9),
   "v5e": Device(16e9, 197e12, 0.819e12),
   "v5p": Device(95e9, 459e12, 2.765e12),
   "v6e": Device(32e9, 918e12, 1.638e12),
@@ -81,6 +86,20 @@ class Constants:
   products: float = 0.6667
   attention: float = 0.5922
   passes: float = 12.13
+
+
+# Of what the rows of `fit` do not have, by XLA's account for an H100 of steps of a few layers.
+# Of plain attention: how often its logits are held, in float32, and of the layer's other arrays
+# the share that lies beside them.
+_LOGITS, _BESIDE = 3.0, 0.7
+# Of attention by blocks: arrays `[tokens, H · h]` more than of cuDNN's.
+_BLOCKS = 4.4
+# Of experts: float32 arrays of a row of D for each token and expert that it goes through.
+_ROUTED = 5.5
+# Of a layer that has no gradient, what `wide`, `residual` and `weights` are of one that has; and
+# where all logits are held, what these and `residual` are.
+_FORWARD = (2.0, 2.0, 1.0)
+_FORWARD_PLAIN = (1.5, 3.3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +146,8 @@ class Step:
     mlp_chunk: see `Transformer`.
     loss_chunk: tokens whose logits exist at once.
     accumulate_steps: passes a step.
+    trials: so many train on one base in one program, each on such batches (see `trial_groups`).
+    packed: whether rows hold several documents.
   """
 
   batch_size: int
@@ -135,15 +156,22 @@ class Step:
   mlp_chunk: int | None = None
   loss_chunk: int = 1024
   accumulate_steps: int = 1
+  trials: int = 1
+  packed: bool = False
+
+  @property
+  def rows(self) -> int:
+    """Of one pass, of all trials."""
+    return self.trials * self.batch_size
 
   @property
   def tokens(self) -> int:
-    """Of one pass."""
-    return self.batch_size * self.seq_len
+    """Of one pass, of all trials."""
+    return self.rows * self.seq_len
 
   @property
   def _wide_tokens(self) -> int:
-    return self.batch_size * min(self.seq_len, self.mlp_chunk or self.seq_len)
+    return self.rows * min(self.seq_len, self.mlp_chunk or self.seq_len)
 
   @property
   def _chunked(self) -> bool:
@@ -171,6 +199,13 @@ def operations(config: TransformerConfig, step: Step) -> tuple[int, int]:
   wide = 2 * last
   attention_again, mlp_again = again(step)
   repeated = attention_again * first + mlp_again * wide
+  if config.num_experts:
+    pairs = tokens * config.experts_per_token
+    tile, count = mlp.tiles(pairs, config.num_experts)
+    # Their result is multiplied by the router's weights, whose gradient is taken at it; and each
+    # tile's wide arrays are computed once more. Tiles are filled up.
+    last, wide = last * tile * count / pairs, wide * tile * count / pairs
+    repeated = attention_again * first + (step.remat != "none") * (wide + last) + wide
   if step.remat != "none":
     # A norm's gradient is taken at what entered it, and policies keep what left it: q and k after
     # their norms, the sum after a block's.
@@ -183,9 +218,9 @@ def operations(config: TransformerConfig, step: Step) -> tuple[int, int]:
   layer = 4 * (first + wide + last) + 2 * repeated
   head = 4 * d * config.vocab_size
   pairs = sum(_pairs(step.seq_len, config.windows[kind]) for kind in config.kind_of_layer)
-  attention = 4 * q * step.batch_size * pairs
+  attention = 4 * q * step.rows * pairs
   return (
-    tokens * (config.num_layers * layer + head),
+    round(tokens * (config.num_layers * layer + head)),
     attention + attention * 5 // 2 + attention_again * attention,
   )
 
@@ -214,8 +249,8 @@ class Planner:
     opt_state: Any,
     fitted: Constants = Constants(),
   ):
-    # By blocks: as much is kept as by cuDNN's kernel, and it can be traced anywhere.
-    self._model = model.clone(attention="blockwise")
+    self._model = model
+    self._capability = DEVICES["h100"].capability
     self.frozen, self.params, self._constants = (_shapes(x) for x in (frozen, params, constants))
     self.fitted = fitted
     self._sizes = {
@@ -232,12 +267,17 @@ class Planner:
     tables = dict(stacked)
     head = tables.get(HEAD, tables.get(TABLE))
     self._dense_head = head.size if head is not None and is_quantized(head) else 0
+    # Experts are read one by one out of a layer's, which are taken out of the stack as a whole.
+    self._experts = sum(
+      leaf.nbytes if is_quantized(leaf) else leaf.size * leaf.dtype.itemsize
+      for leaf in matrices
+      if len(leaf.shape) == 4
+    ) // max(model.config.num_layers, 1)
     self._largest = max((math.prod(leaf.shape[-2:]) for leaf in matrices), default=0)
     packed = [leaf for leaf in matrices if is_quantized(leaf)]
     self._packed_bytes = sum(leaf.nbytes for leaf in packed)
     self._packed_share = sum(leaf.size for leaf in packed) / max(sum(x.size for x in matrices), 1)
     self._packed_bits = 8 * self._packed_bytes / max(sum(leaf.size for leaf in packed), 1)
-    self._kept: dict[Any, tuple[float, float]] = {}
 
   @classmethod
   def of(
@@ -264,6 +304,38 @@ class Planner:
     other.fitted = fitted
     return other
 
+  def on(self, capability: float | None) -> "Planner":
+    """The same for a GPU of this capability, or another device; for an H100 without this."""
+    other = copy.copy(self)
+    other._capability = capability
+    return other
+
+  def attention(self, step: Step) -> AttentionName:
+    """How attention is computed: see `models.attention.choose`."""
+    if self._model.attention is not None:
+      return self._model.attention
+    config = self.config
+    case = Case(
+      queries=step.seq_len,
+      keys=step.seq_len,
+      width=config.head_dim,
+      dtype=jnp.dtype(self._model.dtype),
+      packed=step.packed,
+      windowed=any(window is not None for window in config.windows),
+      moved=step.packed,
+      softcap=config.attention_softcap is not None,
+    )
+    capable = self._capability is not None and self._capability >= 8
+    if capable and cudnn_limits(case, self._capability) is None:  # pyright: ignore
+      return "cudnn"
+    return without_kernels(case)
+
+  def _logits(self, step: Step) -> int:
+    """Bytes of a layer's logits, float32, where they are all held at once."""
+    if self.attention(step) != "plain":
+      return 0
+    return 4 * step.rows * self.config.num_heads * step.seq_len**2
+
   @property
   def config(self) -> TransformerConfig:
     """The model's."""
@@ -275,54 +347,110 @@ class Planner:
     return self._sizes["adapters"]
 
   def memory(self, step: Step) -> Memory:
-    """The peak of a step, by part."""
+    """The peak of a step, by part.
+
+    Raises:
+      ValueError: trials of experts, of which it does not know.
+    """
+    if self.config.num_experts and step.trials > 1:
+      raise ValueError(f"trials: {step.trials}; of experts, several together are not planned")
     device, host = self._kept_a_token(step)
     return Memory(
-      **self._sizes,
+      **self._held(step.trials),
       # A sum, and one microbatch's.
-      gradients=self._sizes["adapters"] * min(step.accumulate_steps, 2),
+      gradients=step.trials * self._sizes["adapters"] * min(step.accumulate_steps, 2),
       kept=round(device * step.tokens),
       working=round(max(self._layer(step), self._loss(step))),
-      host=round(host * step.tokens) + self._host_state,
+      host=round(host * step.tokens) + step.trials * self._host_state,
     )
+
+  def evaluation(self, step: Step) -> Memory:
+    """The peak of a loss without a gradient, the optimizer's state lying where it is.
+
+    Args:
+      step: its rows, their length and the chunks; nothing else is read.
+    """
+    config = self.config
+    terms = self.layer_terms(step)
+    layer = sum(a * b for a, b in zip(_FORWARD, terms, strict=True)) + self._routed(step)
+    if logits := self._logits(step):
+      layer = max(layer, _FORWARD_PLAIN[0] * logits + _FORWARD_PLAIN[1] * terms[1])
+    size = jnp.dtype(self._model.dtype).itemsize
+    logits = 4 * min(step.loss_chunk, step.tokens) * config.vocab_size
+    loss = logits + size * (step.tokens * config.hidden_size + self._dense_head)
+    return Memory(
+      **self._held(1), gradients=0, kept=0, working=round(max(layer, loss)), host=self._host_state
+    )
+
+  def _held(self, trials: int) -> dict[str, int]:
+    """Bytes that lie there between steps."""
+    return {name: size * (1 if name == "base" else trials) for name, size in self._sizes.items()}
 
   def layer_terms(self, step: Step) -> tuple[float, float, float]:
     """Bytes that `Constants.wide`, `residual` and `weights` multiply."""
     config, size = self.config, jnp.dtype(self._model.dtype).itemsize
-    wide = config.intermediate_size * max(config.experts_per_token, 1)
     return (
-      size * step._wide_tokens * wide,
+      # Experts work on a tile at a time.
+      0 if config.num_experts else size * step._wide_tokens * config.intermediate_size,
       size * step.tokens * config.hidden_size,
       size * self._largest,
     )
 
   def _layer(self, step: Step) -> float:
     fitted = (self.fitted.wide, self.fitted.residual, self.fitted.weights)
-    return sum(a * b for a, b in zip(fitted, self.layer_terms(step), strict=True))
+    layer = sum(a * b for a, b in zip(fitted, self.layer_terms(step), strict=True))
+    layer += self.layer_rest(step)
+    return max(layer, _LOGITS * self._logits(step) + _BESIDE * layer)
+
+  def layer_rest(self, step: Step) -> float:
+    """Bytes of what a layer works on beside `layer_terms`, which `fit` is not about."""
+    config, size = self.config, jnp.dtype(self._model.dtype).itemsize
+    if config.num_experts:
+      return self._routed(step)
+    blocks = _BLOCKS * size * step.tokens * config.num_heads * config.head_dim
+    return blocks if self.attention(step) == "blockwise" else 0.0
+
+  def _routed(self, step: Step) -> float:
+    """Of experts: a layer's, and the rows that go to them and come from them."""
+    pairs = step.tokens * self.config.experts_per_token
+    return self._experts + _ROUTED * 4 * pairs * self.config.hidden_size
 
   def _loss(self, step: Step) -> float:
     """Logits of a chunk and their gradient, float32; hidden states and theirs; a head unpacked."""
     size = jnp.dtype(self._model.dtype).itemsize
-    logits = 4 * min(step.loss_chunk, step.tokens) * self.config.vocab_size
+    logits = min(step.trials * step.loss_chunk, step.tokens) * self.config.vocab_size
     hidden = step.tokens * self.config.hidden_size
-    return 2 * logits + size * (2 * hidden + self._dense_head)
+    # Of several trials the gradient is in the compute dtype.
+    gradient = 4 if step.trials == 1 else size
+    return (4 + gradient) * logits + size * (2 * hidden + self._dense_head)
 
   def _kept_a_token(self, step: Step) -> tuple[float, float]:
     """Bytes (device, host) that all layers keep of a token for the backward pass: traced."""
-    key = (step.remat, step.mlp_chunk if step._chunked else None)
-    if key not in self._kept:
-      chunk = key[1]
-      # Whole blocks of attention and chunks of the MLP; long enough that nothing is plain.
-      length = 2048 if chunk is None else 2048 * chunk // math.gcd(2048, chunk)
-      length = max(length, 2 * chunk) if chunk else length
-      self._kept[key] = _kept_bytes(
-        self._model.clone(remat=step.remat, mlp_chunk=chunk),
-        self.frozen,
-        self.params,
-        self._constants,
-        length,
-      )
-    return self._kept[key]
+    plain, experts = self.attention(step) == "plain", self.config.num_experts
+    chunk = step.mlp_chunk if step._chunked and not experts else None
+
+    def traced(rows: int, length: int) -> tuple[float, float]:
+      trees = (self.frozen, self.params, self._constants)
+      leaves, structure = jax.tree.flatten([{"layers": tree.get("layers", {})} for tree in trees])
+      # By blocks as much is kept as by cuDNN's kernel, and that can be traced anywhere.
+      name = "plain" if plain else "blockwise"
+      model = self._model.clone(remat=step.remat, mlp_chunk=chunk, attention=name)
+      return _kept_bytes(model, tuple(leaves), structure, (rows, length))  # pyright: ignore
+
+    if step.remat == "none" and experts:
+      # Tiles that are not full are kept as well: nearly as many tokens.
+      rows = step.batch_size if plain else 1
+      tokens = 2 ** math.ceil(math.log2(step.batch_size * step.seq_len))
+      return traced(rows, -(-tokens // rows))
+    if step.remat == "none" and plain:
+      # And a token's logits: as many as there are tokens.
+      short, long = traced(1, 512), traced(1, 1024)
+      a_token = (long[0] - short[0]) / 512
+      return short[0] + a_token * (step.seq_len - 512), short[1]
+    if chunk is None:
+      return traced(1, 1024 if plain else 2048)
+    # Whole blocks of attention and chunks of the MLP.
+    return traced(1, max(2048 * chunk // math.gcd(2048, chunk), 2 * chunk))
 
   def time_terms(
     self, step: Step, device: Device
@@ -421,34 +549,41 @@ def _on_host(leaf: Any) -> bool:
   return "host" in kind or getattr(leaf, "memory_space", None) == jax.memory.Space.Host
 
 
+@functools.lru_cache(maxsize=256)
 def _kept_bytes(
-  model: Transformer, frozen: Any, params: Any, constants: Any, length: int
+  model: Transformer, leaves: tuple[Any, ...], structure: Any, shape: tuple[int, int]
 ) -> tuple[float, float]:
-  """Bytes a token, (device, host), of what the VJP of `model` keeps of its layers."""
+  """Bytes a token, (device, host), of what the VJP of `model`'s layers keeps.
 
-  def residuals(params, frozen, constants, tokens):
-    def hidden(params):
+  Args:
+    leaves: shapes of frozen, params and constants, as `structure` has them, of the layers alone.
+    shape: (rows, tokens of each) that are traced.
+  """
+  frozen, params, constants = structure.unflatten(leaves)
+
+  def residuals(params, frozen, constants, x):
+    def through(params):
       variables = {"params": params, "constants": constants, "frozen": frozen}
-      return model.apply(variables, tokens, method="hidden")
+      return model.apply(variables, x, method="blocks")[0]
 
-    return jax.tree.leaves(jax.vjp(hidden, params)[1])
+    return jax.tree.leaves(jax.vjp(through, params)[1])
 
-  tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-  jaxpr = jax.make_jaxpr(residuals)(params, frozen, constants, tokens).jaxpr
+  x = jax.ShapeDtypeStruct((*shape, model.config.hidden_size), model.dtype)
+  jaxpr = jax.make_jaxpr(residuals)(params, frozen, constants, x).jaxpr
   given = {id(variable) for variable in jaxpr.invars}
   kept: dict[int, Any] = {id(v): v.aval for v in jaxpr.outvars if id(v) not in given}
   device = host = 0
   for aval in kept.values():
-    shape = getattr(aval, "shape", ())
-    # A scan stacks what its layers keep; the rest is of the final norm, and in the working set.
-    if len(shape) < 3 or shape[0] != model.config.num_layers:
+    sizes = getattr(aval, "shape", ())
+    # A scan stacks what its layers keep; the rest is in the working set.
+    if len(sizes) < 3 or sizes[0] != model.config.num_layers:
       continue
-    size = math.prod(shape) * aval.dtype.itemsize
+    size = math.prod(sizes) * aval.dtype.itemsize
     if _on_host(aval):
       host += size
     else:
       device += size
-  return device / length, host / length
+  return device / math.prod(shape), host / math.prod(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,10 +612,12 @@ def fit(rows: Iterable[Measured]) -> Constants:
     ValueError: fewer rows than the constants of either kind, or rows too much alike.
   """
   rows = list(rows)
+  if len(rows) < 3:
+    raise ValueError(f"{len(rows)} rows do not determine three constants of memory and of time")
   bytes_of, seconds_of = [], []
   for row in rows:
     counted = row.planner.memory(row.step)
-    rest = row.peak - (counted.total - counted.working)
+    rest = row.peak - (counted.total - counted.working) - row.planner.layer_rest(row.step)
     bytes_of.append(([x / row.peak for x in row.planner.layer_terms(row.step)], rest / row.peak))
     terms, fixed = row.planner.time_terms(row.step, row.device)
     seconds_of.append(([x / row.seconds for x in terms], 1 - sum(fixed.values()) / row.seconds))

@@ -143,6 +143,86 @@ def test_what_a_norm_has_computed_again(policy, chunk):
     assert other - found == planned - expected, fields
 
 
+@pytest.mark.parametrize("policy", ["full", "mlp", "none"])
+@pytest.mark.parametrize("tokens", [6, 64])
+def test_experts_compute_whole_tiles_and_once_more(policy, tokens):
+  """Products of a traced gradient, beyond those of as many layers without any MLP."""
+
+  def counts(**fields):
+    config = TransformerConfig(64, 32, 16, 3, 4, 2, 8, **fields)
+    model = Transformer(config, jnp.float32, policy, attention="plain")
+    frozen = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+
+    def gradient(x, frozen):
+      return jax.grad(lambda x: model.apply({"frozen": frozen}, x, method="blocks")[0].sum())(x)
+
+    x = jax.ShapeDtypeStruct((1, tokens, 32), jnp.float32)
+    jaxpr: Any = jax.make_jaxpr(gradient)(x, frozen).jaxpr
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True], True)
+    return _dots(needed), plan.operations(config, plan.Step(1, tokens, policy))[0]
+
+  dense, planned_dense = counts()
+  found, planned = counts(num_experts=4, experts_per_token=2)
+  # The router's own, forward and backward, and again but where all is kept.
+  router = 3 * 2 * tokens * 32 * 4 * (3 if policy != "none" else 2)
+  assert found - router - dense == planned - planned_dense
+
+
+@pytest.mark.parametrize(
+  ("fields", "step", "capability", "name"),
+  [
+    ({}, plan.Step(1, 512), 9.0, "cudnn"),
+    ({}, plan.Step(1, 512), None, "plain"),
+    ({}, plan.Step(1, 1280), None, "blockwise"),
+    ({}, plan.Step(1, 512), 7.5, "plain"),
+    ({}, plan.Step(1, 2048, packed=True), 8.0, "blockwise"),
+    ({"attention_softcap": 3.0}, plan.Step(1, 1024), 9.0, "plain"),
+  ],
+)
+def test_how_attention_is_computed(fields, step, capability, name):
+  model = Transformer(dataclasses.replace(CONFIG, head_dim=16, **fields))
+  planned = plan.Planner(model, {}, {}, {}, {}).on(capability)
+  assert planned.attention(step) == name
+  named = plan.Planner(model.clone(attention="blockwise"), {}, {}, {}, {}).on(capability)
+  assert named.attention(step) == "blockwise"
+
+
+# By XLA for an H100, JAX 0.11.2: (MB of arguments, of temporaries) of rows of the benchmark, as
+# `experiments.bench.gpu_compile --steps` gives them. Where no GPU is, attention goes without cuDNN.
+# `plan._ROUTED`, `_LOGITS` and `_BLOCKS` are fitted on these, of which some have two layers alone:
+COMPILED = {
+  "llama-8b:4x1024:full": (6206, 3154),
+  "llama-8b:4x1024:mlp": (6206, 7310),
+  "llama-1b:8x1024:full": (1163, 4728),
+  "mixtral-8x7b@2:1x2048:full": (2202, 1612),
+  "mixtral-8x7b@2:4x2048:full": (2202, 3276),
+  "qwen3-30b-a3b@2:1x2048:full": (2310, 1522),
+  "qwen3-30b-a3b@2:4x2048:full": (2310, 3759),
+  "llama-8b:1x350208:offload": (6209, 42301),
+  # And not fitted on.
+  "llama-3b:2x4096:full": (2534, 2795),
+  "qwen3-32b:1x8192:full": (20822, 9369),
+  "llama-3b:8x512:elementwise": (2534, 8123),
+  "mixtral-8x7b:4x2048:mlp": (27365, 13352),
+  "qwen3-30b-a3b:1x8192:elementwise": (26821, 17596),
+}
+
+
+@pytest.mark.parametrize("row", COMPILED)
+def test_experts_and_plain_attention_by_the_compilers_account(row, monkeypatch):
+  from experiments.bench import train_step
+
+  model, rest = row.split(":", 1)
+  model, _, layers = model.partition("@")
+  if layers:
+    shape = dataclasses.replace(train_step.SHAPES[model], num_layers=int(layers))
+    monkeypatch.setitem(train_step.SHAPES, model, shape)
+  parsed = train_step.Row.parse(f"{model}:{rest}")
+  planned = train_step._planner.__wrapped__(model, True, None, "float32").on(None)
+  expected = planned.memory(train_step.plan_step(parsed)).total
+  assert abs(expected / (sum(COMPILED[row]) * 1e6) - 1) < 0.05
+
+
 def test_the_longest_and_the_largest():
   planned, step = planner(), plan.Step(1, 512, "mlp")
   available = 20e6
@@ -174,6 +254,37 @@ def test_a_chunked_mlp_works_on_less():
   assert saved == pytest.approx(planned.fitted.wide * 2 * (8192 - 1024) * 112 * 4, rel=1e-6)
 
 
+def test_trials_share_a_base_and_its_decoded_weights():
+  planned, step = planner(), plan.Step(2, 1024, "mlp", loss_chunk=1)
+  one, four = (planned.memory(dataclasses.replace(step, trials=n)) for n in (1, 4))
+  assert four.base == one.base
+  for part in ("adapters", "optimizer", "gradients", "kept"):
+    assert getattr(four, part) == 4 * getattr(one, part), part
+  weight = planned.fitted.weights * planned.layer_terms(step)[2]
+  assert four.working == pytest.approx(4 * one.working - 3 * weight, rel=1e-6)
+  products = [plan.operations(CONFIG, dataclasses.replace(step, trials=n))[0] for n in (1, 4)]
+  assert products[1] == 4 * products[0]
+
+
+def test_trials_of_experts_are_not_planned():
+  model = Transformer(dataclasses.replace(CONFIG, num_experts=4, experts_per_token=2))
+  with pytest.raises(ValueError, match="trials: 2; of experts, several together are not planned"):
+    plan.Planner(model, {}, {}, {}, {}).memory(plan.Step(1, 8, trials=2))
+
+
+def test_plain_attention_keeps_all_logits_of_a_token():
+  planned = plan.Planner(
+    MODEL.clone(attention="plain"), planner().frozen, planner().params, planner()._constants, {}
+  )
+  kept = [planned.memory(plan.Step(2, length, "none")).kept for length in (256, 512, 768)]
+  linear, rest = 2 * kept[1] - kept[0] - kept[2], planned.config.num_heads
+  # The second difference: of so many arrays of a float32 a pair of tokens, at least one.
+  arrays = -linear / (2 * 256**2 * 2 * LAYERS * rest * 4)
+  assert 1 <= arrays < 4
+  full = [planned.memory(plan.Step(2, length, "full")).working for length in (4096, 8192)]
+  assert full[1] / full[0] == pytest.approx(4, rel=0.05)
+
+
 def test_accumulation_takes_time_and_a_sum():
   planned, step = planner(), plan.Step(1, 512)
   four = dataclasses.replace(step, accumulate_steps=4)
@@ -198,7 +309,7 @@ def test_constants_come_back_from_what_they_gave():
   found = plan.fit(rows)
   for name, value in dataclasses.asdict(true).items():
     assert getattr(found, name) == pytest.approx(value, rel=0.02), name
-  with pytest.raises(ValueError, match="memory: 1 rows do not determine three constants"):
+  with pytest.raises(ValueError, match="1 rows do not determine three constants"):
     plan.fit(rows[:1])
 
 

@@ -95,6 +95,27 @@ def test_where_compiled_programs_are_kept(cache, tmp_path):
   assert list((tmp_path / "default").iterdir())
 
 
+def test_compiled_programs_are_bounded(cache, tmp_path, monkeypatch):
+  own = tmp_path / "own"
+  own.mkdir()
+  # As they lie there from before there was a bound; the newer one written first.
+  for name, day in (("newer", 2), ("older", 1)):
+    (own / f"{name}-cache").write_bytes(bytes(70_000))
+    environment.os.utime(own / f"{name}-cache", (86400 * day, 86400 * day))
+  monkeypatch.setattr(environment, "MOST_COMPILED", 140_100)
+  environment.keep_compiled_programs(str(own), tmp_path / "default")
+  # A program of a few kB is too much beside both.
+  jax.jit(lambda x: jax.numpy.sin(x) + np.float32(tmp_path.stat().st_ino))(np.float32(1))
+  left = {path.name for path in own.glob("*-cache")}
+  assert "newer-cache" in left and "older-cache" not in left and len(left) == 2
+  environment.keep_compiled_programs("gs://bucket/own", tmp_path / "default")
+  config: Any = jax.config
+  assert config.jax_compilation_cache_max_size == -1
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "7")
+  environment.keep_compiled_programs(str(own), tmp_path / "default")
+  assert config.jax_compilation_cache_max_size == -1  # JAX reads it at its import
+
+
 def test_a_directory_is_the_users_and_is_made(cache, tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   environment.keep_compiled_programs("~/own", tmp_path / "default")

@@ -8,8 +8,9 @@ head that are, too, :adam-8bit and the like for how Adam's moments are kept, :ch
 chunks; without any, those of `ROWS`. Each runs in a process of its own, so that peaks are its own:
 random weights of that shape, made and quantized (NF4 in blocks of 64, double quantization) layer by
 layer on the device, LoRA of rank 16 on every projection, bf16, AdamW, the same batch again and
-again, at least 20 steps but where one takes over ten seconds. The loss must fall and the gradient
-not be zero.
+again, at least 20 steps; two where one takes over ten seconds, the second timed; one where it takes
+over two minutes, which is timed as it is, the first of its process. The loss must fall where there
+are two, and the gradient not be zero; the line says of how few steps it is.
 
 The last column is the share of the time that the step's products, attention's included, would take
 at the speed of a large bf16 product measured in the same process. `--peer` runs the same step in
@@ -23,6 +24,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import re
 import statistics
@@ -72,8 +74,10 @@ _LONG, _MLP_CHUNK = 32768, 16384
 _LORA = lora.LoRAConfig(rank=16)
 # Groups of steps are timed, each of about so many seconds, and so many steps in all at least.
 _WARM_UP, _GROUPS, _SECONDS, _STEPS = 2, 3, 2.5, 20
-# A step that takes longer is warmed up by one, and timed once.
-_SLOW = 10.0
+# A step that takes longer is warmed up by one, and timed once; one of minutes is taken once.
+_SLOW, _ONCE = 10.0, 120.0
+# GiB of the host's memory that a process may pin beyond what waits there.
+_HOST_SPARE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +172,11 @@ def random_base(model: Transformer, quantized: bool, table_bits: int | None = No
       return one(key)
     # In place: what a `lax.map` gives lay there twice, and 70B's base took 10 GB more than it is.
     stack = stacks.empty(tuple(layers), jax.eval_shape(one, key))
-    for layer, own_key in enumerate(jax.random.split(key, layers[0])):
+    # Of layers, or of their experts.
+    keys = jax.random.split(key, math.prod(layers))
+    for index, own_key in zip(np.ndindex(*layers), keys, strict=True):
       # One at a time, or a fast host would have the matrices of many layers made ahead.
-      stack = jax.block_until_ready(stacks.write_whole(stack, one(own_key), (layer,)))
+      stack = jax.block_until_ready(stacks.write_whole(stack, one(own_key), index))
     return stack
 
   leaves = tree_paths.leaves(shapes, is_leaf=is_quantized)
@@ -288,11 +294,11 @@ def timed(
     seconds_a_group: about how long a group of steps, which is timed as a whole, shall take.
 
   Returns:
-    Losses of each step, `[trials]` (one of a single training);
-    seconds a step of each group; the last gradient norms.
+    Losses of each step, `[trials]` (one of a single training), one step's alone where that took
+    over two minutes; seconds a step of each group; the last gradient norms.
 
   Raises:
-    RuntimeError: a loss that did not fall, or a gradient of zero.
+    RuntimeError: a loss that did not fall or is not finite, or a gradient of zero.
   """
   losses, groups, metrics, seconds = [], [], {}, 0.0
   for _ in range(_WARM_UP):
@@ -302,6 +308,11 @@ def timed(
     seconds = time.perf_counter() - start
     if seconds > _SLOW:
       break
+  if seconds > _ONCE:
+    norms = np.asarray(metrics["grad_norm"]).reshape(-1)
+    if not np.isfinite(losses[0]).all() or not (norms > 0).all():
+      raise RuntimeError(f"loss {losses[0]}, gradient norm {norms}: what is trained does not learn")
+    return losses, [seconds], norms
   steps = max(1, round(seconds_a_group / seconds))
   if seconds < _SLOW:
     steps = max(steps, -(-(_STEPS - _WARM_UP) // _GROUPS))
@@ -364,7 +375,7 @@ def planned(row: Row, found: dict[str, Any]) -> dict[str, Any] | None:
   device = planned_device(found["device"])
   if device is None:
     return None
-  expected, step = planner(row), plan_step(row)
+  expected, step = planner(row).on(device.capability), plan_step(row)
   needed, seconds = expected.memory(step), expected.seconds(step, device)
   return {
     "bytes": dataclasses.asdict(needed),
@@ -477,7 +488,22 @@ def line(text: str, who: str, found: dict[str, Any]) -> str:
   if off is not None:
     errors = f"  plan {100 * off['peak_error']:+.1f}%, {100 * off['step_error']:+.1f}%"
   speed = f"{found['tokens_per_second']:10,.0f} tok/s"
-  return f"{text:32} {who:14} {speed} {size} {share:>6}{errors}"
+  few = len(found.get("losses", ()))
+  of = {1: "  one step, compared with none", 2: "  two steps"}.get(few, "")
+  return f"{text:32} {who:14} {speed} {size} {share:>6}{errors}{of}"
+
+
+def _environment(row: Row) -> dict[str, str]:
+  """Of the row's process: nearly all of the card, and of the host what waits there."""
+  config = architecture(row.model)
+  waiting = 2 * config.num_layers * row.batch_size * row.seq_len * config.hidden_size
+  gib = -(-waiting // 2**30) + _HOST_SPARE if row.remat == "offload" else 0
+  # XLA pins 64 GiB at most where it is not told. Not all of the host's by default: what it pins it
+  # takes in powers of two, up to this.
+  return {
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+    "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(max(gib, 64)),
+  }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -505,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   results, failed = [], False
   for text, row in rows.items():
     command = [sys.executable, "-m", "experiments.bench.train_step", text, "--here"]
-    found = {"ours": child(command, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"})}
+    found = {"ours": child(command, _environment(row))}
     if arguments.peer and row.is_plain:
       found["peer"] = peer(row)
     for who, each in found.items():

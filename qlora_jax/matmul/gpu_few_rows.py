@@ -88,7 +88,7 @@ def default_tiles(rows: int, w: QuantizedTensor) -> Tiles:
   n = w.shape[-1]
   # Wide lanes read codes in fewer instructions, which is 3 to 7% of the time where rows are few and
   # N gives every multiprocessor two warps of them; with more rows it is nothing (an H200).
-  wide = [Tiles(tile, warps, 8, 8) for warps in (4, 2)] if tile == 4 and n % 8 == 0 else []
+  wide = [Tiles(tile, 4, 16, 8), Tiles(tile, 2, 8, 8)] if tile == 4 and n % 8 == 0 else []
   for tiles in (*wide, *(Tiles(tile, warps) for warps in (8, 4, 2))):
     if n >= 100 * tiles.columns and shared_bytes(w, tiles) <= _SHARED_BYTES:
       return tiles

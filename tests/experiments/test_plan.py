@@ -17,7 +17,7 @@ ARGUMENTS = [
 
 def test_a_plan_is_printed_and_written(tmp_path, capsys):
   out = tmp_path / "plan.json"
-  assert plan.main([*ARGUMENTS, "--device=v5e", "--memory_gb=0.03", f"--json={out}"]) == 0
+  assert plan.main([*ARGUMENTS, "--device=v5e", "--memory_gb=0.1", f"--json={out}"]) == 0
   text = capsys.readouterr().out
   rows = {row["remat"]: row for row in json.loads(out.read_text())}
   # A link of unknown speed: nothing is said of what waits on the host.
@@ -25,7 +25,7 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
   assert "3 × 512 tokens a step, v5e" in text
   assert "fitted on an H100 alone" in text
   for row in rows.values():
-    assert row["fits"] == (row["peak_bytes"] <= plan.USABLE * 0.03e9)
+    assert row["fits"] == (row["peak_bytes"] <= plan.USABLE * 0.1e9)
     assert row["fits"] == (row["largest_batch"] >= 3)
     assert row["tokens_per_second"] == pytest.approx(3 * 512 / row["step_seconds"])
   assert rows["full"]["longest"] > rows["none"]["longest"]
@@ -37,10 +37,14 @@ def test_what_is_not_counted_is_named(capsys):
   assert plan.main([*ARGUMENTS, "--config.train.eval_batch_size=4"]) == 0
   text = capsys.readouterr().out
   assert "train.compare_16bit trains on the base in 16 bits as well" in text
-  assert "evaluations of 4 rows" in text
+  assert "evaluating 4 rows at a time takes 0.0" in text
+  assert "attention is plain here" in text
   alone = ["--config.model.quantize=False", "--config.train.compare_16bit=False"]
   assert plan.main([*ARGUMENTS, *alone, "--config.train.eval_batch_size=3"]) == 0
   assert "not counted" not in capsys.readouterr().out.replace("which is not counted here", "")
+
+
+MEASURED = "experiments/bench/train_step_h100.json"
 
 
 @pytest.mark.parametrize(
@@ -48,9 +52,67 @@ def test_what_is_not_counted_is_named(capsys):
   [
     ("--device=h1000", "--device: 'h1000'; one of h100, "),
     ("--model=llama-9b", "--model: 'llama-9b'; one of llama-8b, "),
-    ("--fit=/nowhere/train.json", "No such file"),
+    ("--memory_gb=-3", "--memory_gb: '-3'; a number above 0"),
+    ("--memory_gb=nan", "--memory_gb: 'nan'; a number above 0"),
+    ("--host_memory_gb=x", "--host_memory_gb: 'x'; a number above 0"),
+    ("--memory_gb", "--memory_gb: expected one argument"),
+    ("--memory=24", "--memory: no such flag; did you mean --memory_gb?"),
+    ("--workdir=runs/x", "--workdir: no such flag"),
+    ("--lora.rank=8", "--lora.rank: no such flag; did you mean --config.lora.rank?"),
+    ("--json=/nowhere/plan.json", "--json: /nowhere/plan.json; there is no directory /nowhere"),
+    (f"--fit={MEASURED}", "--fit: with --config"),
   ],
 )
 def test_what_cannot_be_planned(argument, message, capsys):
   assert plan.main([*ARGUMENTS, argument]) == 2
+  assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["--fit=/nowhere/train.json"], "No such file"),
+    (["--fit=README.md"], "README.md: no JSON: Expecting value"),
+    ([f"--fit={MEASURED}", "--device=h100"], "--fit: with --device; it plans nothing"),
+    ([f"--fit={MEASURED}", "--config.lora.rank", "8"], "--fit: with --config.lora.rank"),
+    ([f"--fit={MEASURED}", "stray"], "'stray': not a flag"),
+    (["--fit", "{other}"], "not what experiments.bench.train_step --out writes: 'rows'"),
+    (["--fit", "{lacking}"], "tiny:1x2:none: its measures lack some of base_bytes, "),
+    (["--fit", "{failed}"], "0 rows do not determine three constants"),
+  ],
+)
+def test_what_cannot_be_fitted(words, message, tmp_path, capsys):
+  files = {
+    "other": ["rows"],
+    "lacking": [{"row": "tiny:1x2:none", "ours": {"device": "x"}}],
+    "failed": [{"row": "tiny:1x2:none", "ours": {"error": "x"}}],
+  }
+  for name, content in files.items():
+    (tmp_path / name).write_text(json.dumps(content))
+  assert plan.main([w.format(**{n: tmp_path / n for n in files}) for w in words]) == 2
   assert message in capsys.readouterr().err
+
+
+def test_a_trial_of_a_sweep_is_planned(tmp_path, monkeypatch, capsys):
+  config = tmp_path / "sweep.py"
+  config.write_text(
+    "from configs import quickstart\n"
+    "get_config = quickstart.get_config\n"
+    "def sweep():\n"
+    "  yield {'train.batch_size': 3}\n"
+    "  yield {'train.batch_size': 5}\n"
+  )
+  monkeypatch.setattr(plan, "planner", lambda *_: None)
+  monkeypatch.setattr(plan, "text", lambda config, *_: f"{config.train.batch_size} rows")
+  for words, rows, differs in (([], 8, True), (["--index", "1"], 5, False)):
+    assert plan.main([f"--config={config}", "--model", "tiny", *words]) == 0
+    found = capsys.readouterr().out
+    assert found.startswith(f"{rows} rows")
+    assert ("its trials may differ" in found) == differs
+
+
+def test_help_is_the_plans(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    plan.main(["--help"])
+  assert not stopped.value.code
+  assert "python -m experiments.plan [-h]" in capsys.readouterr().out

@@ -89,3 +89,54 @@ def test_a_random_base_is_written_in_place():
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(stack))
   assert found.alias_size_in_bytes >= size
   assert found.temp_size_in_bytes < size / 2
+
+
+class Clock:
+  """Stands for a step that takes so many seconds, and for the clock that it is timed by."""
+
+  def __init__(self, seconds, losses, norm=1.0):
+    self.seconds, self.losses, self.norm, self.now = seconds, iter(losses), norm, 0.0
+
+  def perf_counter(self):
+    return self.now
+
+  def __call__(self, state):
+    self.now += self.seconds
+    return state, {"loss": jnp.float32(next(self.losses)), "grad_norm": jnp.float32(self.norm)}
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(1.0, 20), (11.0, 2), (119.0, 2), (276.0, 1)])
+def test_a_step_of_minutes_is_taken_once(monkeypatch, seconds, count):
+  clock = Clock(seconds, range(99, 0, -1))
+  monkeypatch.setattr(train_step, "time", clock)
+  losses, groups, norms = train_step.timed(clock, None, (), 2.5)
+  assert clock.now == count * seconds
+  assert len(losses) == count
+  assert set(groups) == {seconds}
+  assert norms == [1.0]
+  found = {"losses": losses, "tokens_per_second": 1.0, "peak_bytes": 1}
+  said = train_step.line("row", "ours", found)
+  assert ("one step, compared with none" in said, "two steps" in said) == (count == 1, count == 2)
+
+
+@pytest.mark.parametrize(
+  ("seconds", "losses", "norm"),
+  [(276.0, [float("nan")], 1.0), (276.0, [2.0], 0.0), (11.0, [2.0, 2.0], 1.0)],
+)
+def test_what_does_not_learn_fails(monkeypatch, seconds, losses, norm):
+  clock = Clock(seconds, losses, norm)
+  monkeypatch.setattr(train_step, "time", clock)
+  with pytest.raises(RuntimeError, match="does not learn"):
+    train_step.timed(clock, None, (), 2.5)
+
+
+def test_what_waits_on_the_host_may_be_pinned(monkeypatch):
+  asked = []
+  monkeypatch.setattr(
+    train_step, "child", lambda _, environment: asked.append(environment) or {"error": ""}
+  )
+  rows = ["llama-8b:1x350208:offload", "llama-8b:1x350208:full", "llama-70b:1x90112:offload"]
+  assert train_step.main(rows) == 1
+  limits = [int(each["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"]) for each in asked]
+  # 32 · 350,208 · 4096 and 80 · 90,112 · 8192 in 16 bits are 85.5 and 110 GiB.
+  assert limits == [86 + 4, 64, 110 + 4]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from qlora_jax import lora
 from qlora_jax.models.remat import REMAT_POLICIES
@@ -129,3 +130,29 @@ def test_experts_under_every_policy():
     norm = sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(gradients))
     expected = expected or (value, norm)
     np.testing.assert_allclose((value, norm), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["full", "mlp"])
+def test_no_masks_of_all_pairs_are_kept(policy):
+  """They are known before the first layer: JAX would compute them there, and keep them."""
+  length = 4096
+  model = Transformer(CONFIG, jnp.float32, policy, attention="blockwise")
+  shapes = jax.eval_shape(lambda: trees.__wrapped__(CONFIG))
+
+  def loss(params, frozen, constants):
+    variables = {"params": params, "constants": constants, "frozen": frozen}
+    tokens = jnp.zeros((1, length), jnp.int32)
+    return model.apply(variables, tokens, method="hidden").sum()  # pyright: ignore
+
+  frozen, params, constants = shapes
+  jaxpr: Any = jax.make_jaxpr(jax.grad(loss))(params, frozen, constants)
+  assert _largest(jaxpr.jaxpr, jnp.bool_) < length**2 / 4
+
+
+def _largest(jaxpr: Any, dtype: Any) -> int:
+  """Elements of the largest array of a dtype that is computed anywhere."""
+  found = [0]
+  for equation in jaxpr.eqns:
+    found += [v.aval.size for v in equation.outvars if getattr(v.aval, "dtype", None) == dtype]
+    found += [_largest(inner, dtype) for inner in jaxprs_in_params(equation.params)]
+  return max(found)

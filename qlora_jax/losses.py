@@ -21,15 +21,15 @@ def cross_entropy(
 
   Args:
     logits: `[..., V]` float32.
-    targets: `[...]` int32 ids.
+    targets: `[...]` ids within V; another counts as one whose logit is 0.
     mask: `[...]` bool; False where the prediction does not count.
     z_loss: z, which keeps the sums of exponentials near 1 (Chowdhery et al., PaLM, 2022,
       https://arxiv.org/abs/2204.02311, section 5).
   """
   # By comparison, not by index: an index's gradient is a scatter, for which XLA writes down the
   # gradient of all logits in float32 and reads it again to round it.
-  ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-  picked = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
+  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+  picked = jnp.where(ids == targets.astype(jnp.int32)[..., None], logits, 0).sum(-1)
   total = jax.nn.logsumexp(logits, axis=-1)
   loss = total - picked
   if z_loss:

@@ -224,9 +224,9 @@ def first_line(e: Exception) -> str:
 
 
 def _gpu_dequantize(w: Any) -> jax.Array:
-  from qlora_jax.matmul import gpu_dequantize
+  from qlora_jax.matmul import gpu, gpu_dequantize
 
-  return gpu_dequantize.dequantize(w, jnp.bfloat16)
+  return gpu_dequantize.dequantize(w, jnp.bfloat16, gpu.dequantize_tiles(w))
 
 
 def _forward_and_gradient(function: Callable, x: jax.Array, w: Any) -> Any:

@@ -21,8 +21,8 @@ Left out before they are compiled:
   helped are then tried together, on the best splits and stages;
 - the library's product, where dequantizing alone takes longer than the best kernel.
 
-What is not compiled in `--seconds` is printed as refused. The device's entries replace those that
-ship; other devices' stay.
+What is not compiled in `--seconds` is printed as refused. The entries of what was timed replace
+those that ship; the device's others, and other devices', stay.
 
   python -m experiments.bench.tune --spills spills.json [--shapes …] [--rows …]
 
@@ -41,7 +41,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -521,6 +521,20 @@ def spills(cases: Sequence[Case]) -> list[dict[str, Any]]:
   return results
 
 
+def merged(
+  earlier: Mapping[str, Any], found: Mapping[str, Any], cases: Iterable[Case]
+) -> dict[str, Any]:
+  """A device's entries: those found, and the earlier ones but of the cases that were tuned."""
+  tuned = {(case.shape, "dequantize" if case.m is None else str(case.m)) for case in cases}
+  shapes = {
+    shape: {name: entry for name, entry in entries.items() if (shape, name) not in tuned}
+    for shape, entries in earlier.items()
+  }
+  for shape, entries in found.items():
+    shapes[shape] = shapes.get(shape, {}) | entries
+  return {shape: entries for shape, entries in shapes.items() if entries}
+
+
 def main(argv: Sequence[str]) -> int:
   """Measures what `argv` asks for, and writes the table."""
   parser = argparse.ArgumentParser(
@@ -551,18 +565,23 @@ def main(argv: Sequence[str]) -> int:
       return 2
     arguments.spills.write_text(json.dumps(spills(cases), indent=1) + "\n")
     return 0
+  if not arguments.out.resolve().parent.is_dir():
+    print(f"error: --out {arguments.out}: there is no such directory", file=sys.stderr)
+    return 2
   if jax.default_backend() != "gpu":
     print(f"error: the device is a {jax.default_backend()}; a GPU is wanted", file=sys.stderr)
     return 2
   device = jax.devices()[0].device_kind
   print(f"on {device}, JAX {jax.__version__}, {arguments.threads} threads", flush=True)
   found: dict[str, dict[str, Any]] = {}
+  finished = False
   try:
     tune(cases, DeviceTimer(arguments.threads, arguments.seconds), found)
+    finished = True
   finally:
     # Also if it stops early: what was measured is kept.
-    table = tuning.table() | {device: found}
-    arguments.out.write_text(json.dumps(table, indent=1) + "\n")
+    entries = merged(tuning.table().get(device, {}), found, cases if finished else ())
+    arguments.out.write_text(json.dumps(tuning.table() | {device: entries}, indent=1) + "\n")
   count = sum(map(len, found.values()))
   print(f"{count} of {len(cases)} classes are served better than by the rule: {arguments.out}")
   return 0

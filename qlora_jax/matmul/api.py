@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax import rotation
-from qlora_jax.matmul import gpu, manual_axes, tpu, xla
+from qlora_jax.matmul import gpu, manual_axes, stacked, tpu, xla
 from qlora_jax.quantized_tensor import (
   AnyQuantizedTensor,
   OutlierQuantizedTensor,
-  QuantizedTensor,
   RotatedQuantizedTensor,
   is_quantized,
 )
@@ -171,10 +170,6 @@ def _folded(product: Callable[[jax.Array, AnyQuantizedTensor], jax.Array]):
   return folded
 
 
-def _without_stack(w: Any) -> Any:
-  return dataclasses.replace(w, stack=None) if isinstance(w, QuantizedTensor) else w
-
-
 def _define_batching(function: Any, one: Callable[..., jax.Array]) -> None:
   """A batch of the first operand alone becomes its rows; else `one` serves each of the batch.
 
@@ -188,11 +183,11 @@ def _define_batching(function: Any, one: Callable[..., jax.Array]) -> None:
     if not any(jax.tree.leaves(batched[1:])):
       # custom_vmap moves the batch to the front, where the product takes any leading axes.
       return function(*operands), True
-    # Weights of a batch are their own: no kernel reads several layers of a stack.
-    x, w, *others = operands
-    operands = (x, _without_stack(w), *others)
-    batched = (batched[0], _without_stack(batched[1]), *batched[2:])
-    if max(leaf.size for leaf in jax.tree.leaves(operands[1])) >= _MOST_INDICES:
+    if any(jax.tree.leaves(batched[1])):
+      # Weights of a batch are their own: no kernel reads several layers of a stack.
+      operands = (operands[0], stacked.without(operands[1]), *operands[2:])
+      batched = (batched[0], stacked.without(batched[1]), *batched[2:])
+    if max(leaf.size for leaf in jax.tree.leaves(stacked.without(operands[1]))) >= _MOST_INDICES:
       # One matrix after the other: a kernel's indices could not count through the whole stack.
       def at(i):
         return one(*jax.tree.map(lambda leaf, b: leaf[i] if b else leaf, operands, tuple(batched)))

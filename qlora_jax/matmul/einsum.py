@@ -5,6 +5,7 @@ import string
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.matmul import stacked
 from qlora_jax.matmul.api import quantized_matmul
 from qlora_jax.quantized_tensor import AnyQuantizedTensor, is_quantized
 
@@ -79,6 +80,8 @@ def quantized_einsum(
   def product(x, w):
     return quantized_matmul(x, w, implementation=implementation)
 
+  if leading:
+    w = stacked.without(w)
   for letter in reversed(leading):
     product = jax.vmap(product, (0 if letter in batch else None, 0))
   y, term = product(x, w), [*leading, *free, n]

@@ -66,7 +66,8 @@ def fuses_adapter(x: jax.Array, w: AnyQuantizedTensor, rank: int) -> bool:
     x.dtype != jnp.float32
     and isinstance(w, QuantizedTensor)
     and _rows(x) > _MOST_BY_WARPS
-    and fused(jax.ShapeDtypeStruct((_rows(x), w.shape[0]), x.dtype), w)[0] is None
+    # The rule alone: what was measured on the device was a weight without an adapter.
+    and by_rule(jax.ShapeDtypeStruct((_rows(x), w.shape[0]), x.dtype), w)[0] is None
     and gpu_dequantize.takes_adapter(w, rank)
   )
 

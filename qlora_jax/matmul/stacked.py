@@ -29,7 +29,7 @@ def of(stack: QuantizedTensor, index: Any) -> Stack:
   return Stack(stack.codes, index, stack.scales, stack.levels, stack.zero)
 
 
-def remembering(layer: Any, stack: Any, index: jax.Array) -> Any:
+def remembering(layer: Any, stack: Any, index: jax.Array | int) -> Any:
   """`layer`, which a scan sliced from `stack`, with its stack if it is packed and kernels read it.
 
     def step(x, layer):
@@ -39,10 +39,11 @@ def remembering(layer: Any, stack: Any, index: jax.Array) -> Any:
     jax.lax.scan(step, x, (jnp.arange(L), stack))
 
   Args:
-    layer: `[..., K, N]`.
+    layer: `[..., K, N]`; where there are further axes, `layer_of` takes them, not `vmap` or `scan`.
     stack: `[L, ..., K, N]`, which may be a layer that remembers another one.
-    index: `[]` int32, within L.
+    index: `[]` int32, within L, which nothing checks.
   """
+  index = jnp.asarray(index, jnp.int32)
   if not isinstance(layer, QuantizedTensor) or not remembers():
     return layer
   if stack.stack is None:
@@ -51,18 +52,22 @@ def remembering(layer: Any, stack: Any, index: jax.Array) -> Any:
   return dataclasses.replace(layer, stack=dataclasses.replace(stack.stack, index=index))
 
 
-def layer_of(stack: Any, index: jax.Array) -> Any:
+def layer_of(stack: Any, index: jax.Array | int) -> Any:
   """Slices `layer`, and `remembering` of it. A scan that slices keeps no slice for a gradient.
 
   Args:
     stack: `[L, ..., K, N]`, packed or plain.
     index: `[]` int32, within L.
   """
-  bare = dataclasses.replace(stack, stack=None) if isinstance(stack, QuantizedTensor) else stack
   layer = jax.tree.map(
-    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), bare
+    lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False), without(stack)
   )
   return remembering(layer, stack, index)
+
+
+def without(w: Any) -> Any:
+  """A weight that remembers nothing: its own slice is what is read."""
+  return dataclasses.replace(w, stack=None) if isinstance(w, QuantizedTensor) else w
 
 
 def readable(w: QuantizedTensor) -> Stack | None:

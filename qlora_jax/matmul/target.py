@@ -9,8 +9,8 @@ from qlora_jax.traced_for import target as target
 _LEAST_JAX = (0, 11, 2)
 
 
-def unsupported(w: AnyQuantizedTensor, *platforms: str) -> str | None:
-  """Why no kernel for these platforms can read `w` here, or None."""
+def unavailable(*platforms: str) -> str | None:
+  """Why no kernel for these platforms can run here, or None."""
   if jax.__version_info__ < _LEAST_JAX:
     least = ".".join(map(str, _LEAST_JAX))
     return f"it needs JAX {least}; this is {jax.__version__}"
@@ -20,6 +20,13 @@ def unsupported(w: AnyQuantizedTensor, *platforms: str) -> str | None:
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty and mesh.size > 1 and not mesh.are_all_axes_manual:
     return "the mesh has axes that are not manual: call it in a shard_map over them"
+  return None
+
+
+def unsupported(w: AnyQuantizedTensor, *platforms: str) -> str | None:
+  """Why no kernel for these platforms can read `w` here, or None."""
+  if reason := unavailable(*platforms):
+    return reason
   if not isinstance(w, QuantizedTensor):
     return "blocks cross from output to output (a bitsandbytes weight whose K they do not divide)"
   if w.column_tables:

@@ -56,7 +56,8 @@ def input_gradient(g: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
 def _tied(x: jax.Array, w: AnyQuantizedTensor) -> tuple[jax.Array, QuantizedTensor]:
   """Both, the restoring of the scales tied to this x by a barrier: see `xla.forward`."""
   assert isinstance(w, QuantizedTensor)
-  # Not the codes, which the kernel alone reads: those of a layer that remembers its stack are not
-  # there but as a slice that XLA drops.
+  if w.stack is None:
+    return jax.lax.optimization_barrier((x, w))
+  # Not the codes: those of a layer that remembers its stack are a slice that XLA drops.
   x, tied = jax.lax.optimization_barrier((x, dataclasses.replace(w, codes=None, stack=None)))  # pyright: ignore[reportArgumentType]
   return x, dataclasses.replace(tied, codes=w.codes, stack=w.stack)

@@ -1,10 +1,9 @@
 """The definition of the op: dequantize, then dot, in plain JAX. Runs everywhere."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
+from qlora_jax.matmul import stacked
 from qlora_jax.quantization import decode, dequantize
 from qlora_jax.quantized_tensor import (
   AnyQuantizedTensor,
@@ -30,7 +29,7 @@ def forward(x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   # The barrier ties the decoding to this x. Without it XLA shares one decoded weight between
   # the forward and the backward pass, which keeps all layers' weights alive
   # (tests/matmul asserts that 8 layers hold at most 3, and fails without the barriers).
-  x, w = jax.lax.optimization_barrier((x, _sliced(w)))
+  x, w = jax.lax.optimization_barrier((x, stacked.without(w)))
   if isinstance(w, FlatQuantizedTensor):
     dense = dequantize(w, x.dtype)
     return jnp.matmul(x, dense, preferred_element_type=jnp.float32).astype(x.dtype)
@@ -43,14 +42,9 @@ def forward(x: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   return total.astype(x.dtype)
 
 
-def _sliced(w: AnyQuantizedTensor) -> AnyQuantizedTensor:
-  """Without the stack that a layer is of (`stacked`): its own codes are what is read here."""
-  return dataclasses.replace(w, stack=None) if isinstance(w, QuantizedTensor) else w
-
-
 def input_gradient(g: jax.Array, w: AnyQuantizedTensor) -> jax.Array:
   """`[..., N] · [K, N]ᵀ → [..., K]`: the gradient of `forward` for x, from the same packed w."""
-  g, w = jax.lax.optimization_barrier((g, _sliced(w)))
+  g, w = jax.lax.optimization_barrier((g, stacked.without(w)))
   if isinstance(w, FlatQuantizedTensor):
     dense = dequantize(w, g.dtype)
     return jnp.matmul(g, dense.T, preferred_element_type=jnp.float32).astype(g.dtype)

@@ -80,7 +80,7 @@ def attend(
     implementation: None takes what `choose` says. "cudnn" takes rows of several segments where they
       are at most `most_segments`, which only the data says: a batch with more goes by blocks.
     cache: where k and v are a layer of the cache: all layers' keys and values, `[L, B, G, S, h]`,
-      and the layer's number. "decode" reads them there.
+      and the layer's number. "decode" reads them there, and has no gradient ("plain" has).
 
   Returns:
     `[B, T, H, h]` in q's dtype.
@@ -521,15 +521,17 @@ def _segments(segment_ids: jax.Array, most: int) -> tuple[jax.Array, jax.Array, 
 
 def _decode_unsupported(case: Case) -> str | None:
   """Why `gpu_decode` cannot serve a case, or None."""
-  platform, device = target.target()
-  if platform not in ("gpu", "cuda"):
-    return f"the computation is for a {platform}"
+  if reason := target.unavailable("gpu", "cuda"):
+    return reason
+  device = target.target()[1]
   if not gpu.runs_thread_programs(device):
     return f"{device.device_kind}: it is for Hopper and the data centre's Blackwell"
   from qlora_jax.models import gpu_decode
 
   if not (case.cached and case.stacked):
     return "the keys are not those of a cache of all layers"
+  if not (case.packed and case.moved):
+    return "the cache's segments and positions are not given"
   if case.queries != 1:
     return f"{case.queries} queries; it takes one"
   if case.dtype not in (jnp.bfloat16, jnp.float16):

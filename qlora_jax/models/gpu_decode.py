@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qlora_jax.matmul import gpu_threads
+from qlora_jax.matmul import gpu_threads, manual_axes
 
 # Warps of a thread block, and keys of each.
 _WARPS, _WARP_KEYS = 8, 16
@@ -110,7 +110,9 @@ def attend(
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     kernel_name="decode_attention",
   )
-  parts = kernel(*operands(q, k, v, layer, start, segment_ids, positions, window))
+  arrays = manual_axes.alike(*operands(q, k, v, layer, start, segment_ids, positions, window))
+  # The kernel's own result does not say what it varies over.
+  parts = manual_axes.cast(kernel(*arrays), manual_axes.varying(*arrays))
   return joined(parts).astype(q.dtype).reshape(q.shape)
 
 
@@ -126,7 +128,9 @@ def operands(q, k, v, layer, start, segment_ids, positions, window) -> list[jax.
   """The kernel's, in order: the layer's number, and what the program sees."""
   numbers = [start] if window is None else [start, window]
   numbers = jnp.stack([jnp.asarray(each, jnp.int32) for each in numbers])
-  return [layer.astype(jnp.int32).reshape(1), q, k, v, numbers, *segment_ids, *positions]
+  # The kernel reads words, whatever the caller counts in.
+  marks = (x.astype(jnp.int32) for x in (*segment_ids, *positions))
+  return [layer.astype(jnp.int32).reshape(1), q, k, v, numbers, *marks]
 
 
 def strides(k: jax.Array) -> tuple[int, ...]:
@@ -164,7 +168,8 @@ def program(shape: Shape, t: Any, pointers: list[Any], indices: list[Any]) -> No
   g, quad = lane // 4, lane % 4
   row = group // shape.groups  # of the batch
   k, v = (t.advance(each, group, slots * width * 2) for each in (k, v))
-  start = t.load(numbers, t.integer(0), "u32")
+  # A token behind the last slot was written into it.
+  start = t.minimum(t.load(numbers, t.integer(0), "u32"), slots - 1)
   first = chunk * KEYS + warp * _WARP_KEYS
   # Words of 16 bytes that a lane reads of a query or key, and of a value.
   pieces, value_pieces = width // 32, width // 64

@@ -122,7 +122,7 @@ class Projection(nn.Module):
     return arrays
 
 
-def tiles(pairs: int, num_experts: int) -> tuple[int, int]:
+def tiling(pairs: int, num_experts: int) -> tuple[int, int]:
   """(rows of a tile, tiles) into which so many pairs of a token and its expert go."""
   mean = -(-pairs // num_experts)
   tile = min(_LARGEST_TILE, int(2 ** np.ceil(np.log2(mean))))
@@ -231,7 +231,7 @@ class Experts(nn.Module):
       sorted pair takes.
     """
     pairs = len(chosen)
-    tile, count = tiles(pairs, self.num_experts)
+    tile, count = tiling(pairs, self.num_experts)
     order = jnp.argsort(chosen, stable=True).astype(jnp.int32)
     sizes = jnp.zeros(self.num_experts, jnp.int32).at[chosen].add(1)
     needed = (sizes + tile - 1) // tile

@@ -31,7 +31,7 @@ from qlora_jax.models.mlp import ACTIVATIONS, MLP, Experts, in_chunks
 from qlora_jax.models.remat import RematPolicy
 from qlora_jax.models.rope import Rope, rotate
 
-# The KV cache: {"k", "v": [L, B, S, Hkv, h], "segment_ids", "positions": [B, S], "index": []}.
+# The KV cache: {"k", "v": [L, B, Hkv, S, h], "segment_ids", "positions": [B, S], "index": []}.
 Cache = dict[str, jax.Array]
 
 

@@ -448,7 +448,8 @@ def test_candidates_lower_for_a_gpu(kernel):
 
 @needs_kernels
 def test_the_table_keeps_other_devices(tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(tuning, "table", lambda: {"another": {}, "cpu": {"1x1": {}}})
+  earlier = {"1x1": {"1": {}}, "4096x14336": {"dequantize": {}, "8": {}}}
+  monkeypatch.setattr(tuning, "table", lambda: {"another": {}, "cpu": earlier})
   monkeypatch.setattr(tune.jax, "default_backend", lambda: "gpu")
   timer = StubTimer(only_faster("few_rows", 50.0, column_warps=4))
   monkeypatch.setattr(tune, "DeviceTimer", lambda threads, seconds: timer)
@@ -458,7 +459,9 @@ def test_the_table_keeps_other_devices(tmp_path, monkeypatch, capsys):
     assert tune.main(arguments) == 0
   table = json.loads(out.read_text())
   assert table.keys() == {"another", "cpu"}
-  assert table["cpu"]["4096x14336"].keys() == {"1", "4"}
+  # Of the device's own, those that were not timed again stay.
+  assert table["cpu"]["4096x14336"].keys() == {"1", "4", "8"}
+  assert table["cpu"]["1x1"].keys() == {"1"}
   assert "2 of 3 classes are served better than by the rule" in capsys.readouterr().out
 
 

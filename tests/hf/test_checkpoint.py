@@ -26,9 +26,6 @@ from tests.hf import peak_memory
 # Alike to the bit, though LLVM may round a product and a sum at once.
 pytestmark = pytest.mark.optimized
 
-# As tests/conftest.py has set them.
-XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
-
 CONFIG = TransformerConfig(
   vocab_size=40,
   hidden_size=32,
@@ -158,13 +155,13 @@ def test_kernels_are_stored_transposed(saved, base):
     NF4,
     QuantizationConfig(codebook="int4", block_size=32, double_quantization=False),
     # 48 is not a multiple of 32.
-    QuantizationConfig(codebook="nf3", block_size=32),
+    pytest.param(
+      QuantizationConfig(codebook="nf3", block_size=32), marks=pytest.mark.newer_emitters
+    ),
     {"layers/*/mlp/*": NF4, "head": NF4, "embed/*": jnp.bfloat16, "layers/*/attn/o": None},
   ],
 )
 def test_quantized_as_it_comes_equals_quantized_as_a_whole(saved, base, rules):
-  if getattr(rules, "codebook", None) == "nf3" and "use_fusion_emitters=false" in XLA_FLAGS:
-    pytest.skip("XLA's older emitters, which the suite takes on JAX 0.10, sum its mean otherwise")
   _, frozen = hf.load(saved, rules)
   whole = quantize_tree(base[1], checkpoint.default_rules(rules))
   assert_same(frozen, whole)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qlora_jax import dequantize, quantize, quantized_einsum
+from qlora_jax.matmul import stacked
 
 SIZES = {"b": 2, "t": 3, "k": 16, "n": 6, "e": 4, "l": 2}
 
@@ -94,3 +95,14 @@ def test_one_packed_operand_and_one_plain():
     quantized_einsum("tk,kn->tn", operand("tk", 0), operand("kn", 1))
   with pytest.raises(TypeError, match="QuantizedTensor and QuantizedTensor; one"):
     quantized_einsum("kn,kn->", w, w)
+
+
+def test_experts_of_a_layer_that_remembers_its_stack(monkeypatch):
+  stack = quantize(jax.random.normal(jax.random.key(0), (2, 3, 64, 16)), block_size=32)
+  x = jax.random.normal(jax.random.key(1), (3, 5, 64))
+  layer = jax.tree.map(lambda leaf: leaf[1], stack)
+  monkeypatch.setattr(stacked, "remembers", lambda: True)
+  remembering = stacked.remembering(layer, stack, 1)
+  assert remembering.stack is not None
+  found, expected = (quantized_einsum("ecd,edf->ecf", x, w) for w in (remembering, layer))
+  np.testing.assert_array_equal(found, expected)

@@ -46,7 +46,7 @@ class Spec:
     slot = jnp.broadcast_to(jnp.arange(self.slots), (self.batch, self.slots))
     # Padding to the left of each row but the first, of its own length.
     segments = (slot >= 7 * jnp.arange(self.batch)[:, None]).astype(jnp.int32)
-    own = jnp.ones((self.batch, 1), jnp.int32)
+    own = jnp.ones((self.batch, 1), bool)
     window = None if self.window is None else jnp.int32(self.window)
     q, k, v = (x.astype(self.dtype) for x in (q, k, v))
     start = jnp.int32(self.start)
@@ -70,7 +70,8 @@ ON_A_GPU = [
 
 def expected(q, k, v, layer, start, segments, positions, window, scale):
   """By the definition, in float32."""
-  visible = Visible(start, segments, positions)
+  own, of_slots = segments
+  visible = Visible(start, (own.astype(jnp.int32), of_slots), positions)
   k, v = (jnp.nan_to_num(x[layer].astype(jnp.float32)).swapaxes(1, 2) for x in (k, v))
   windows = (None,) if window is None else (int(window),)
   q = q.astype(jnp.float32)
@@ -115,6 +116,11 @@ def test_it_is_chosen_and_lowers_for_an_h100():
     visible = Visible(start, segments, positions)
     return attend(q, own_k, own_v, visible, scale=scale, cache=(k, v, layer))
 
+  several = jax.sharding.AbstractMesh(
+    (2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=H100
+  )
+  with jax.sharding.use_abstract_mesh(several):
+    assert choose(CASE) == "plain"  # XLA's to share out
   with jax.sharding.use_abstract_mesh(mesh):
     assert choose(CASE) == "decode"
     for change, reason in (
@@ -123,6 +129,7 @@ def test_it_is_chosen_and_lowers_for_an_h100():
       ({"width": 80}, "heads of width 80; one of"),
       ({"shared": 17}, "17 heads share a key; at most 16"),
       ({"softcap": True}, "the logits are capped"),
+      ({"packed": False}, "the cache's segments and positions are not given"),
       ({"dtype": jnp.float32}, "q is float32"),
     ):
       case = dataclasses.replace(CASE, **change)

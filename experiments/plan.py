@@ -44,7 +44,7 @@ LONG_ROWS_CHUNK = 16384
 def table(
   config: ExperimentConfig, planned: plan.Planner, device: plan.Device, host_memory: float
 ) -> list[dict[str, Any]]:
-  """A row a policy: bytes and seconds by part, and what fits."""
+  """A row a policy: bytes and seconds by part, and what fits; None for a time that is not known."""
   step = step_of(config)
   available = USABLE * device.memory
   chunk = config.model.mlp_chunk or LONG_ROWS_CHUNK
@@ -59,9 +59,9 @@ def table(
         "bytes": dataclasses.asdict(memory),
         "peak_bytes": memory.total,
         "fits": planned.fits(each, available, host_memory),
-        "seconds": dataclasses.asdict(seconds),
-        "step_seconds": seconds.total,
-        "tokens_per_second": step.accumulate_steps * step.tokens / seconds.total,
+        "seconds": {k: plan.known(v) for k, v in dataclasses.asdict(seconds).items()},
+        "step_seconds": plan.known(seconds.total),
+        "tokens_per_second": plan.known(step.accumulate_steps * step.tokens / seconds.total),
         "longest": planned.longest(one_row, available, host_memory),
         "largest_batch": planned.largest_batch(each, available, host_memory),
       }
@@ -75,9 +75,9 @@ def text(
   name: str,
   device: plan.Device,
   host_memory: float,
+  rows: Sequence[dict[str, Any]],
 ) -> str:
-  """`table`, to be read."""
-  rows = table(config, planned, device, host_memory)
+  """`rows`, those of `table`, to be read."""
   step = step_of(config)
   base, adapters = planned.memory(step).base, planned.adapter_bytes
   passes = f"{step.accumulate_steps} × " if step.accumulate_steps > 1 else ""
@@ -90,12 +90,12 @@ def text(
     f"{'step s':>9}{'longest row':>13}{'largest batch':>15}",
   ]
   for row in rows:
-    parts = row["bytes"]
+    parts, speed, seconds = row["bytes"], row["tokens_per_second"], row["step_seconds"]
+    times = f"{'-':>9}{'-':>9}" if seconds is None else f"{speed:9,.0f}{seconds:9.3f}"
     lines.append(
       f"{row['remat']:12}{row['peak_bytes'] / 1e9:9.2f}{parts['kept'] / 1e9:8.2f}"
       f"{parts['working'] / 1e9:9.2f}{parts['host'] / 1e9:8.2f}  "
-      f"{'yes' if row['fits'] else 'no':6}{row['tokens_per_second']:9,.0f}"
-      f"{row['step_seconds']:9.3f}{row['longest']:13,}{row['largest_batch']:15,}"
+      f"{'yes' if row['fits'] else 'no':6}{times}{row['longest']:13,}{row['largest_batch']:15,}"
     )
   fastest = planned.fastest(step, device, USABLE * device.memory, host_memory)
   lines += [
@@ -105,10 +105,12 @@ def text(
     f"{planned.memory(step).gradients / 1e9:.3f} GB",
     f"longest row: of one, its MLPs in chunks of {config.model.mlp_chunk or LONG_ROWS_CHUNK}",
   ]
+  seconds = next((row["step_seconds"] for row in rows if row["remat"] == fastest), None)
   if fastest is None:
     lines.append(f"no policy fits in {USABLE * device.memory / 1e9:.1f} GB")
+  elif seconds is None:
+    lines.append(f"fastest that fits: {fastest}")
   else:
-    seconds = next(row["step_seconds"] for row in rows if row["remat"] == fastest)
     total = config.train.steps * seconds
     lines.append(
       f"fastest that fits: {fastest}; {config.train.steps} steps take {_duration(total)}, without "
@@ -128,7 +130,12 @@ def text(
     lines.append("no step of experts was measured: bytes are the compiler's, times a guess")
   elif how != "cudnn":
     lines.append(f"attention is {how} here, and was cuDNN's where steps were measured: times guess")
-  if rows[0]["step_seconds"] < 0.01:
+  if rows[0]["step_seconds"] is None:
+    lines.append(
+      f"no time is said: the optimizer's state (optimizer.state) crosses {name}'s link to the "
+      "host, whose speed is not known"
+    )
+  elif rows[0]["step_seconds"] < 0.01:
     lines.append("a step so short takes as long as launching it does, which is not counted here")
   if name != "h100":
     lines.append("the model's constants were fitted on an H100 alone: times here are less sure")
@@ -204,6 +211,11 @@ def _parser() -> argparse.ArgumentParser:
 
     return read
 
+  def file(text: str) -> Path:
+    if not text or Path(text).is_dir():
+      raise argparse.ArgumentTypeError(f"{text!r}; the name of a file")
+    return Path(text)
+
   parser = _Parser(
     prog="python -m experiments.plan",
     description=__doc__,
@@ -219,9 +231,9 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--memory_gb", type=positive, help="in place of the device's")
   parser.add_argument("--host_memory_gb", type=positive, default=128.0, help="128")
   parser.add_argument("--model", type=one_of(SHAPES), help=", ".join(SHAPES))
-  parser.add_argument("--fit", type=Path, help="what experiments.bench.train_step --out wrote")
+  parser.add_argument("--fit", type=file, help="what experiments.bench.train_step --out wrote")
   parser.add_argument(
-    "--json", type=Path, help="writes the table, or --fit's errors, there as well"
+    "--json", type=file, help="writes the table, or --fit's errors, there as well"
   )
   return parser
 
@@ -305,11 +317,12 @@ def main(argv: Sequence[str]) -> int:
       device = dataclasses.replace(device, memory=1e9 * own.memory_gb)
     config, differs = _config(own, rest)
     planned = planner(config, SHAPES[own.model] if own.model else None, device)
-    print(text(config, planned, own.device, device, 1e9 * own.host_memory_gb))
+    host_memory = 1e9 * own.host_memory_gb
+    rows = table(config, planned, device, host_memory)
+    print(text(config, planned, own.device, device, host_memory, rows))
     if differs:
       print("the config has a sweep(): its trials may differ from this; --index=N plans one")
     if own.json is not None:
-      rows = table(config, planned, device, 1e9 * own.host_memory_gb)
       own.json.write_text(json.dumps(rows, indent=1))
   except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)

@@ -122,7 +122,10 @@ def training(planned: plan.Planner, config: ExperimentConfig) -> plan.Memory:
 
 
 def evaluation(planned: plan.Planner, config: ExperimentConfig) -> plan.Memory:
-  """Of the held-out loss of `train.eval_batch_size` rows."""
+  """Of the held-out loss of `train.eval_batch_size` rows.
+
+  Of a trial alone: others that train with it have their adapters and optimizers there as well.
+  """
   return planned.evaluation(
     dataclasses.replace(step_of(config), batch_size=config.train.eval_batch_size)
   )
@@ -133,9 +136,9 @@ def training_explained(config: ExperimentConfig, model: Transformer) -> str:
 
   Args:
     config: of the training.
-    model: as it trains: its shape and its remat are read, which "auto" has chosen.
+    model: as it trains: its shape, and the remat and attention that "auto" has chosen, are read.
   """
-  config = _with(config, {"model.remat": model.remat})
+  config = _as_computed(config, model)
   counted = training(planner(config, model.config), config)
   saved = savings(config, model.config, training, _of_training(config))
   return _explanation("the step", counted, saved)
@@ -143,6 +146,7 @@ def training_explained(config: ExperimentConfig, model: Transformer) -> str:
 
 def evaluation_explained(config: ExperimentConfig, model: Transformer) -> str:
   """The same of an evaluation."""
+  config = _as_computed(config, model)
   counted = evaluation(planner(config, model.config), config)
   saved = savings(config, model.config, evaluation, _of_evaluation(config))
   what = f"evaluating {config.train.eval_batch_size} rows at a time"
@@ -168,12 +172,19 @@ def group_explained(
   def together(planned: plan.Planner, config: ExperimentConfig, trials: int = count) -> plan.Memory:
     return planned.memory(dataclasses.replace(step_of(config), trials=trials))
 
-  config = _with(configs[0], {"model.remat": model.remat})
+  # All are padded to the largest rank.
+  config = _as_computed(max(configs, key=lambda each: each.lora.rank), model)
   own = plan.Planner(model, frozen, wide.params, wide.constants, wide.opt_state)
   own = own.on(gpu.capability(target.target()[1]))
   counted = together(own, config)
   fewer = (f"--group_size={half}", counted.total - together(own, config, half).total)
-  saved = savings(config, model.config, together, _of_training(config))
+  # Ranks are what trials differ in, and of another optimizer.state none trains with others.
+  offered = [
+    choices
+    for choices in _of_training(config)
+    if not {"optimizer.state", "lora.rank"} & choices[0].keys()
+  ]
+  saved = savings(config, model.config, together, offered)
   saved = sorted([fewer, *saved], key=lambda each: -each[1])
   return _explanation(f"the step of {count} trials together", counted, saved)
 
@@ -212,12 +223,12 @@ def savings(
     for overrides in choices:
       try:
         other = _with(config, overrides)
-      except config_lib.ConfigError:
-        continue  # what this config rules out
-      same = all(
-        path.startswith(("train.", "data.", "model.remat", "model.mlp")) for path in overrides
-      )
-      saved = total - count(planned if same else planner(other, shape), other).total
+        same = all(
+          path.startswith(("train.", "data.", "model.remat", "model.mlp")) for path in overrides
+        )
+        saved = total - count(planned if same else planner(other, shape), other).total
+      except ValueError:
+        continue  # what this config rules out, or the attention that it names
       if saved > best[1]:
         best = (" ".join(f"--config.{k}={v}" for k, v in overrides.items()), saved)
     if best[1]:
@@ -252,6 +263,11 @@ def _of_both(config: ExperimentConfig) -> Iterator[list[dict[str, Any]]]:
   yield [{"model.table_bits": bits} for bits in (4, 8)]
   yield [{"lora.rank": max(config.lora.rank // 2, 1)}]
   yield [{"model.quantize": True, "train.compare_16bit": False}]
+
+
+def _as_computed(config: ExperimentConfig, model: Transformer) -> ExperimentConfig:
+  """`config` with what `model` computes by, where it says "auto"."""
+  return _with(config, {"model.remat": model.remat, "model.attention": model.attention or "auto"})
 
 
 def _with(config: ExperimentConfig, overrides: dict[str, Any]) -> ExperimentConfig:

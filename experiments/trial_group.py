@@ -223,17 +223,19 @@ def _train_together(members: Sequence[_Member], shared: Shared) -> list[tuple[_M
   trainings = _trainings(members)
   first, likes = trainings[0], [each.state for each in trainings]
   step = _step(first, shared)
-  states = trial_groups.stack([each.state for each in trainings], _wide(trainings))
+  wide = _wide(trainings)
+  configs = [each.config for each in trainings]
+  explain = functools.cache(
+    lambda: planned.group_explained(configs, first.model, first.frozen, wide)
+  )
+  with planned.out_of_memory_explained(explain):
+    states = trial_groups.stack([each.state for each in trainings], wide)
   rates = jnp.asarray(
     np.stack(
       [optimizers.rates(each.config.optimizer, each.config.train.steps) for each in trainings]
     )
   )
   batches: dict[int, Any] = {}
-  configs = [each.config for each in trainings]
-  explain = functools.cache(
-    lambda: planned.group_explained(configs, first.model, first.frozen, _wide(trainings))
-  )
   learning = set(range(len(members)))
   ended: dict[int, TrainState] = {}
   stopped: Interrupted | None = None

@@ -310,9 +310,10 @@ class TrainConfig(_Section):
     loss_chunk: tokens whose logits exist at once in the cross entropy.
     z_loss: what the square of the log of the softmax's sum is weighted by in the loss trained on.
     compare_16bit: also train LoRA on the 16-bit base, same data, for the closing table.
-    compiled_programs: the directory where they are kept for the next process; auto: that of
-      $JAX_COMPILATION_CACHE_DIR, else one in the user's cache; None for none. But of the first,
-      at most 4 GiB, or $JAX_COMPILATION_CACHE_MAX_SIZE bytes: the least recently used go.
+    compiled_programs: the directory where they are kept for the next process, at most 4 GiB of
+      them (or $JAX_COMPILATION_CACHE_MAX_SIZE bytes), of which the least recently used go; None
+      for none. auto: one in the user's cache, unless $JAX_COMPILATION_CACHE_DIR names another,
+      which has only the bound that JAX is told of.
   """
 
   steps: int = 200

@@ -53,8 +53,8 @@ def keep_compiled_programs(directory: str | None, default: Path) -> None:
   """Has XLA's compiled programs kept on disk, for the processes that come after this one.
 
   Of what lies there, the least recently used goes where it is more than `MOST_COMPILED` bytes, or
-  than `$JAX_COMPILATION_CACHE_MAX_SIZE` says. A directory that JAX was told of otherwise, or one
-  of a remote file system, is left as it is.
+  than `$JAX_COMPILATION_CACHE_MAX_SIZE` says. A directory that JAX was told of otherwise, one of a
+  remote file system, or one that can only be read, is left as it is.
 
   Args:
     directory: "auto" takes `$JAX_COMPILATION_CACHE_DIR`, or what was set before in this process,
@@ -75,7 +75,7 @@ def keep_compiled_programs(directory: str | None, default: Path) -> None:
     Path(chosen).mkdir(parents=True, exist_ok=True)
   if chosen != before:
     most = -1
-    if chosen is not None and "://" not in chosen:
+    if chosen is not None and "://" not in chosen and _takes_files(Path(chosen)):
       most = MOST_COMPILED
       _date(Path(chosen))
     if _MAX_SIZE not in os.environ:
@@ -83,6 +83,11 @@ def keep_compiled_programs(directory: str | None, default: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", chosen)
     # JAX looks once, when it compiles for the first time.
     compilation_cache.reset_cache()
+
+
+def _takes_files(directory: Path) -> bool:
+  """Whether files can be written there, or it is still to be made."""
+  return not directory.exists() or os.access(directory, os.W_OK | os.X_OK)
 
 
 def _date(directory: Path) -> None:

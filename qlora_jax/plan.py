@@ -192,37 +192,42 @@ def operations(config: TransformerConfig, step: Step) -> tuple[int, int]:
   computed again, which is all but a layer's last product (and that too before a norm). Attention:
   two products of the pairs of tokens that see each other, and five of its backward pass.
   """
+  head = 4 * config.hidden_size * config.vocab_size
+  pairs = sum(_pairs(step.seq_len, config.windows[kind]) for kind in config.kind_of_layer)
+  attention = 4 * config.num_heads * config.head_dim * step.rows * pairs
+  attention_again, _ = again(step)
+  return (
+    round(step.tokens * (config.num_layers * sum(_of_a_layer(config, step)) + head)),
+    attention + attention * 5 // 2 + attention_again * attention,
+  )
+
+
+def _of_a_layer(config: TransformerConfig, step: Step) -> tuple[float, float]:
+  """FLOPs a token of a layer's products: with attention's weights, and with the MLP's."""
   d, tokens = config.hidden_size, step.tokens
   q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
   first = d * (q + 2 * kv) + q * d
   last = config.intermediate_size * d * max(config.experts_per_token, 1)
   wide = 2 * last
   attention_again, mlp_again = again(step)
-  repeated = attention_again * first + mlp_again * wide
+  repeated_first, repeated_mlp = attention_again * first, mlp_again * wide
   if config.num_experts:
     pairs = tokens * config.experts_per_token
-    tile, count = mlp.tiles(pairs, config.num_experts)
+    tile, count = mlp.tiling(pairs, config.num_experts)
     # Their result is multiplied by the router's weights, whose gradient is taken at it; and each
     # tile's wide arrays are computed once more. Tiles are filled up.
     last, wide = last * tile * count / pairs, wide * tile * count / pairs
-    repeated = attention_again * first + (step.remat != "none") * (wide + last) + wide
+    repeated_mlp = (step.remat != "none") * (wide + last) + wide
   if step.remat != "none":
     # A norm's gradient is taken at what entered it, and policies keep what left it: q and k after
     # their norms, the sum after a block's.
     if config.qk_norm is not None and not attention_again:
-      repeated += d * (q + kv + kv * config.fused_projections)
+      repeated_first += d * (q + kv + kv * config.fused_projections)
     if config.post_norms:
-      repeated += last + (not attention_again) * q * d
+      repeated_first += (not attention_again) * q * d
       # A chunk's wide arrays, for its result and once more for its gradient.
-      repeated += (step._chunked and mlp_again) * wide
-  layer = 4 * (first + wide + last) + 2 * repeated
-  head = 4 * d * config.vocab_size
-  pairs = sum(_pairs(step.seq_len, config.windows[kind]) for kind in config.kind_of_layer)
-  attention = 4 * q * step.rows * pairs
-  return (
-    round(tokens * (config.num_layers * layer + head)),
-    attention + attention * 5 // 2 + attention_again * attention,
-  )
+      repeated_mlp += last + (step._chunked and mlp_again) * wide
+  return 4 * first + 2 * repeated_first, 4 * (wide + last) + 2 * repeated_mlp
 
 
 def _pairs(seq_len: int, window: int | None) -> int:
@@ -235,7 +240,7 @@ class Planner:
   """A base, its adapters and their optimizer, by their shapes; answers for any step and device.
 
   Args:
-    model: its config and dtype are read; remat and mlp_chunk are the steps'.
+    model: its config, dtype and choice of attention are read; remat and mlp_chunk are the steps'.
     frozen: arrays or shapes.
     params, constants, opt_state: likewise.
   """
@@ -311,10 +316,12 @@ class Planner:
     return other
 
   def attention(self, step: Step) -> AttentionName:
-    """How attention is computed: see `models.attention.choose`."""
-    if self._model.attention is not None:
-      return self._model.attention
-    config = self.config
+    """How attention is computed: see `models.attention.choose`.
+
+    Raises:
+      ValueError: the model names cuDNN's, which does not serve this on the device; with the reason.
+    """
+    config, named = self.config, self._model.attention
     case = Case(
       queries=step.seq_len,
       keys=step.seq_len,
@@ -325,10 +332,15 @@ class Planner:
       moved=step.packed,
       softcap=config.attention_softcap is not None,
     )
-    capable = self._capability is not None and self._capability >= 8
-    if capable and cudnn_limits(case, self._capability) is None:  # pyright: ignore
-      return "cudnn"
-    return without_kernels(case)
+    if self._capability is None or self._capability < 8:
+      reason = "the device is no NVIDIA GPU of capability 8.0 or more"
+    else:
+      reason = cudnn_limits(case, self._capability)
+    if named == "cudnn" and reason is not None:
+      raise ValueError(f"attention: 'cudnn' cannot serve this: {reason}")
+    if named is not None:
+      return named
+    return "cudnn" if reason is None else without_kernels(case)
 
   def _logits(self, step: Step) -> int:
     """Bytes of a layer's logits, float32, where they are all held at once."""
@@ -365,10 +377,10 @@ class Planner:
     )
 
   def evaluation(self, step: Step) -> Memory:
-    """The peak of a loss without a gradient, the optimizer's state lying where it is.
+    """The peak of a loss of one trial, without a gradient, the optimizer's state lying where it is.
 
     Args:
-      step: its rows, their length and the chunks; nothing else is read.
+      step: its rows, their length, whether they are packed, and the chunks; nothing else is read.
     """
     config = self.config
     terms = self.layer_terms(step)
@@ -426,7 +438,8 @@ class Planner:
 
   def _kept_a_token(self, step: Step) -> tuple[float, float]:
     """Bytes (device, host) that all layers keep of a token for the backward pass: traced."""
-    plain, experts = self.attention(step) == "plain", self.config.num_experts
+    config, experts = self.config, self.config.num_experts
+    plain = self.attention(step) == "plain"
     chunk = step.mlp_chunk if step._chunked and not experts else None
 
     def traced(rows: int, length: int) -> tuple[float, float]:
@@ -438,10 +451,23 @@ class Planner:
       return _kept_bytes(model, tuple(leaves), structure, (rows, length))  # pyright: ignore
 
     if step.remat == "none" and experts:
-      # Tiles that are not full are kept as well: nearly as many tokens.
-      rows = step.batch_size if plain else 1
-      tokens = 2 ** math.ceil(math.log2(step.batch_size * step.seq_len))
-      return traced(rows, -(-tokens // rows))
+      # Tiles are kept whole: of one size it is so much a tile, so much a token, and a rest.
+      def terms(tokens: int) -> list[int]:
+        return [tokens, mlp.tiling(tokens * config.experts_per_token, experts)[1], 1]
+
+      tokens = step.batch_size * step.seq_len
+      tile, _ = mlp.tiling(tokens * config.experts_per_token, experts)
+      few = tile * experts // config.experts_per_token
+      largest, _ = mlp.tiling(4 * few * config.experts_per_token, experts)
+      if plain or tile < largest:
+        # Logits of all pairs, or tokens so few that their tiles are small.
+        return traced(step.batch_size, step.seq_len)
+      # Of whole tiles alone, tokens and tiles would go up together, and not be told apart.
+      sizes = (few, 4 * few - 1, 4 * few)
+      kept = [np.multiply(n, traced(1, n)) for n in sizes]
+      solution = np.linalg.solve([terms(n) for n in sizes], kept)
+      device, host = (terms(tokens) @ solution / tokens).tolist()
+      return device, host
     if step.remat == "none" and plain:
       # And a token's logits: as many as there are tokens.
       short, long = traced(1, 512), traced(1, 1024)
@@ -468,9 +494,12 @@ class Planner:
     wide = config.intermediate_size * max(config.experts_per_token, 1)
     a_token = (3 + attention_again) * config.hidden_size + (3 + mlp_again) * wide
     activations = size * step.tokens * config.num_layers * a_token
-    in_layers = products - 4 * step.tokens * config.hidden_size * config.vocab_size
-    # A product of N tokens with a weight is 2 N FLOPs, and decodes it once.
-    decoded = in_layers / (2 * step.tokens) * self._packed_share
+    # A product of N rows with a weight is 2 N FLOPs, and decodes it once; of experts, of a tile.
+    first, of_mlp = (config.num_layers * step.tokens * x for x in _of_a_layer(config, step))
+    rows = step.tokens
+    if config.num_experts:
+      rows, _ = mlp.tiling(step.tokens * config.experts_per_token, config.num_experts)
+    decoded = (first / (2 * step.tokens) + of_mlp / (2 * rows)) * self._packed_share
     terms = (products / device.flop_s, attention / device.flop_s, activations / device.bytes_s)
     return terms, {
       "dequantization": decoded * (self._packed_bits / 8 + size) / device.bytes_s,
@@ -515,12 +544,23 @@ class Planner:
     """The policy of the least time among those that fit; None where none does."""
     steps = [dataclasses.replace(step, remat=policy) for policy in policies(device)]
     fitting = [each for each in steps if self.fits(each, available, host)]
-    return min(fitting, key=lambda s: self.seconds(s, device).total).remat if fitting else None
+
+    def time(each: Step) -> float:
+      seconds = self.seconds(each, device)
+      # Over a link of unknown speed goes the optimizer's state alone, by each policy alike.
+      return (seconds if device.host_bytes_s else dataclasses.replace(seconds, host=0.0)).total
+
+    return min(fitting, key=time).remat if fitting else None
 
 
 def policies(device: Device) -> tuple[RematPolicy, ...]:
   """Those that the plan can time on a device."""
   return tuple(p for p in REMAT_POLICIES if p != "offload" or device.host_bytes_s is not None)
+
+
+def known(value: float) -> float | None:
+  """`value`; None for nan, which JSON does not have."""
+  return None if math.isnan(value) else value
 
 
 def _most(fits: Any) -> int:
@@ -549,6 +589,8 @@ def _on_host(leaf: Any) -> bool:
   return "host" in kind or getattr(leaf, "memory_space", None) == jax.memory.Space.Host
 
 
+# A table asks for each policy again and again, and out of memory for one base under many overrides.
+# What is held are shapes and two numbers.
 @functools.lru_cache(maxsize=256)
 def _kept_bytes(
   model: Transformer, leaves: tuple[Any, ...], structure: Any, shape: tuple[int, int]
@@ -609,9 +651,17 @@ def fit(rows: Iterable[Measured]) -> Constants:
   """The constants of least squared relative error on measured rows.
 
   Raises:
-    ValueError: fewer rows than the constants of either kind, or rows too much alike.
+    ValueError: fewer rows than the constants of either kind, rows too much alike, or one whose
+      attention is plain.
   """
   rows = list(rows)
+  for row in rows:
+    if row.planner.attention(row.step) == "plain":
+      step = row.step
+      raise ValueError(
+        f"{step.batch_size}x{step.seq_len}:{step.remat}: attention is plain there, and its logits "
+        "are in no constant; rows to fit on are longer than 1024 tokens, or cuDNN's"
+      )
   if len(rows) < 3:
     raise ValueError(f"{len(rows)} rows do not determine three constants of memory and of time")
   bytes_of, seconds_of = [], []

@@ -4,6 +4,7 @@ import os
 import platform
 import socket
 import subprocess
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,6 +29,25 @@ def test_describe_is_plain_json_and_true():
   assert versions["numpy"] == np.__version__
   assert {"jaxlib", "flax", "optax", "orbax-checkpoint", "qlora_jax"} <= versions.keys()
   assert description["host"]["cpu_cores"] >= 1
+
+
+def test_a_directory_that_can_only_be_read_is_left_alone(tmp_path, monkeypatch):
+  (tmp_path / "program-cache").write_bytes(bytes(7))
+  config: Any = jax.config
+  before = environment.compiled_programs()
+  # Root may write anywhere, whatever the mode says.
+  monkeypatch.setattr(environment.os, "access", lambda *_: False)
+  try:
+    environment.keep_compiled_programs(str(tmp_path), tmp_path / "default")
+    assert environment.compiled_programs() == str(tmp_path)
+    assert config.jax_compilation_cache_max_size == -1
+    assert [path.name for path in tmp_path.iterdir()] == ["program-cache"]
+    # One that is still to be made will take files.
+    environment.keep_compiled_programs(None, tmp_path / "default")
+    environment.keep_compiled_programs("auto", tmp_path / "default")
+    assert config.jax_compilation_cache_max_size == environment.MOST_COMPILED
+  finally:
+    environment.keep_compiled_programs(before, tmp_path / "default")
 
 
 def test_describe_names_neither_host_nor_user(monkeypatch):

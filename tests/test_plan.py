@@ -16,7 +16,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
 
 import qlora_jax as ql
-from qlora_jax import lora, plan, train, tree_paths
+from qlora_jax import lora, optimizer_state, plan, train, tree_paths
 from qlora_jax.hf import checkpoint
 from qlora_jax.models.transformer import LayerKind, Transformer, TransformerConfig
 
@@ -181,15 +181,25 @@ def test_experts_compute_whole_tiles_and_once_more(policy, tokens):
 )
 def test_how_attention_is_computed(fields, step, capability, name):
   model = Transformer(dataclasses.replace(CONFIG, head_dim=16, **fields))
-  planned = plan.Planner(model, {}, {}, {}, {}).on(capability)
-  assert planned.attention(step) == name
-  named = plan.Planner(model.clone(attention="blockwise"), {}, {}, {}, {}).on(capability)
-  assert named.attention(step) == "blockwise"
+
+  def planned(attention):
+    return plan.Planner(model.clone(attention=attention), {}, {}, {}, {}).on(capability)
+
+  assert planned(None).attention(step) == name
+  assert planned("blockwise").attention(step) == "blockwise"
+  if name == "cudnn":
+    assert planned("cudnn").attention(step) == "cudnn"
+    return
+  reason = "the logits are capped" if fields else "rows of several segments"
+  reason = reason if capability and capability >= 8 else "the device is no NVIDIA GPU"
+  with pytest.raises(ValueError, match=f"attention: 'cudnn' cannot serve this: {reason}"):
+    planned("cudnn").attention(step)
 
 
 # By XLA for an H100, JAX 0.11.2: (MB of arguments, of temporaries) of rows of the benchmark, as
 # `experiments.bench.gpu_compile --steps` gives them. Where no GPU is, attention goes without cuDNN.
-# `plan._ROUTED`, `_LOGITS` and `_BLOCKS` are fitted on these, of which some have two layers alone:
+# Behind @ stand layers, where they are not the model's: `gpu_compile.step`, once the shape of that
+# name in `SHAPES` has so many. `plan._ROUTED`, `_LOGITS` and `_BLOCKS` are fitted on these:
 COMPILED = {
   "llama-8b:4x1024:full": (6206, 3154),
   "llama-8b:4x1024:mlp": (6206, 7310),
@@ -221,6 +231,47 @@ def test_experts_and_plain_attention_by_the_compilers_account(row, monkeypatch):
   planned = train_step._planner.__wrapped__(model, True, None, "float32").on(None)
   expected = planned.memory(train_step.plan_step(parsed)).total
   assert abs(expected / (sum(COMPILED[row]) * 1e6) - 1) < 0.05
+
+
+@pytest.mark.parametrize(
+  ("rows", "length", "attention"),
+  [(1, 2049, "blockwise"), (3, 1365, "blockwise"), (1, 130, "blockwise"), (2, 700, "plain")],
+)
+def test_whole_tiles_of_experts_are_kept(rows, length, attention):
+  """Where all is kept: what a trace of the very shape keeps."""
+  planned = experts(attention)
+  trees = (planned.frozen, planned.params, planned._constants)
+  leaves, structure = jax.tree.flatten([{"layers": tree.get("layers", {})} for tree in trees])
+  model = planned._model.clone(remat="none")
+  device, _ = plan._kept_bytes(model, tuple(leaves), structure, (rows, length))  # pyright: ignore
+  kept = planned.memory(plan.Step(rows, length, "none")).kept
+  # But for what fills up attention's blocks.
+  assert kept == pytest.approx(device * rows * length, rel=0.003)
+
+
+def test_more_tokens_of_experts_keep_more():
+  kept = [
+    experts("blockwise").memory(plan.Step(1, length, "none")).kept
+    for length in range(1920, 2304, 64)
+  ]
+  assert kept == sorted(kept)
+
+
+@functools.cache
+def experts(attention) -> plan.Planner:
+  config = dataclasses.replace(CONFIG, num_experts=32, experts_per_token=2, num_layers=2)
+  model = MODEL.clone(config=config, attention=attention)
+  frozen = checkpoint.abstract_base(model, {"layers/*/mlp/*": ql.QuantizationConfig()}, jnp.float32)
+  return plan.Planner.of(model, frozen, lora.LoRAConfig(rank=3), optax.adam(1e-3))
+
+
+def test_an_expert_is_decoded_for_each_tile():
+  few, many = (
+    experts("blockwise").seconds(plan.Step(1, length, "none"), H100).dequantization
+    for length in (2048, 8192)
+  )
+  # 128 rows a tile, and one part empty for each of the 32 experts. But for attention's weights.
+  assert many / few == pytest.approx((8192 * 2 / 128 + 32) / (2048 * 2 / 128 + 32), rel=0.1)
 
 
 def test_the_longest_and_the_largest():
@@ -294,8 +345,15 @@ def test_accumulation_takes_time_and_a_sum():
 
 def test_an_unknown_link_gives_no_time():
   step = plan.Step(1, 512, "offload")
-  assert planner().seconds(step, plan.DEVICES["v5e"]).host != 0  # nan
-  assert planner().seconds(dataclasses.replace(step, remat="full"), plan.DEVICES["v5e"]).host == 0
+  v5e = plan.DEVICES["v5e"]
+  assert math.isnan(planner().seconds(step, v5e).host)
+  assert planner().seconds(dataclasses.replace(step, remat="full"), v5e).host == 0
+  # The optimizer's state crosses it by each policy: which is the fastest is known all the same.
+  held = (planner()._model, planner().frozen, planner().params, planner()._constants)
+  optimizer = optimizer_state.stored(optax.adam(1e-3), "host")
+  waiting = plan.Planner(*held, jax.make_jaxpr(optimizer.init)(planner().params).out_avals)
+  assert math.isnan(waiting.seconds(plan.Step(1, 4096), v5e).total)
+  assert waiting.fastest(plan.Step(1, 4096), v5e, 1e12) == "elementwise"
 
 
 def test_constants_come_back_from_what_they_gave():
@@ -311,6 +369,9 @@ def test_constants_come_back_from_what_they_gave():
     assert getattr(found, name) == pytest.approx(value, rel=0.02), name
   with pytest.raises(ValueError, match="1 rows do not determine three constants"):
     plan.fit(rows[:1])
+  plain = plan.Planner(MODEL.clone(attention="plain"), {}, {}, {}, {})
+  with pytest.raises(ValueError, match="2x512:mlp: attention is plain there"):
+    plan.fit([*rows, plan.Measured(plain, plan.Step(2, 512, "mlp"), H100, 1, 1)])
 
 
 def test_an_h100s_rows():

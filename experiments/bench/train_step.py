@@ -371,7 +371,10 @@ def _peak_bytes() -> int | None:
 
 
 def planned(row: Row, found: dict[str, Any]) -> dict[str, Any] | None:
-  """What the plan says of a row, and how far off it is; None for a device without a data sheet."""
+  """What the plan says of a row, and how far off it is; None for a device without a data sheet.
+
+  And None for a time in which a link of unknown speed is crossed.
+  """
   device = planned_device(found["device"])
   if device is None:
     return None
@@ -379,11 +382,11 @@ def planned(row: Row, found: dict[str, Any]) -> dict[str, Any] | None:
   needed, seconds = expected.memory(step), expected.seconds(step, device)
   return {
     "bytes": dataclasses.asdict(needed),
-    "seconds": dataclasses.asdict(seconds),
+    "seconds": {k: plan.known(v) for k, v in dataclasses.asdict(seconds).items()},
     "peak_bytes": needed.total,
     "peak_error": needed.total / found["step_bytes"] - 1,
-    "step_seconds": seconds.total,
-    "step_error": seconds.total / statistics.median(found["step_seconds"]) - 1,
+    "step_seconds": plan.known(seconds.total),
+    "step_error": plan.known(seconds.total / statistics.median(found["step_seconds"]) - 1),
   }
 
 
@@ -486,7 +489,9 @@ def line(text: str, who: str, found: dict[str, Any]) -> str:
   off = found.get("plan")
   errors = ""
   if off is not None:
-    errors = f"  plan {100 * off['peak_error']:+.1f}%, {100 * off['step_error']:+.1f}%"
+    time_off = off["step_error"]
+    errors = f"  plan {100 * off['peak_error']:+.1f}%"
+    errors += ", no time" if time_off is None else f", {100 * time_off:+.1f}%"
   speed = f"{found['tokens_per_second']:10,.0f} tok/s"
   few = len(found.get("losses", ()))
   of = {1: "  one step, compared with none", 2: "  two steps"}.get(few, "")
@@ -494,16 +499,20 @@ def line(text: str, who: str, found: dict[str, Any]) -> str:
 
 
 def _environment(row: Row) -> dict[str, str]:
-  """Of the row's process: nearly all of the card, and of the host what waits there."""
+  """Of the row's process: nearly all of the card, and of the host what waits there.
+
+  What the user's own environment says of either stays.
+  """
   config = architecture(row.model)
   waiting = 2 * config.num_layers * row.batch_size * row.seq_len * config.hidden_size
   gib = -(-waiting // 2**30) + _HOST_SPARE if row.remat == "offload" else 0
   # XLA pins 64 GiB at most where it is not told. Not all of the host's by default: what it pins it
   # takes in powers of two, up to this.
-  return {
+  own = {
     "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
     "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(max(gib, 64)),
   }
+  return {name: os.environ.get(name, value) for name, value in own.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,6 +33,31 @@ def test_a_plan_is_printed_and_written(tmp_path, capsys):
   assert f"fastest that fits: {fastest['remat']}; 100 steps" in text
 
 
+def test_a_time_that_is_not_known(tmp_path, capsys):
+  out = tmp_path / "plan.json"
+  words = ["--device=v5e", "--config.optimizer.state=host", "--config.model.attention=blockwise"]
+  assert plan.main([*ARGUMENTS, *words, f"--json={out}"]) == 0
+  text = capsys.readouterr().out
+  assert "fastest that fits: elementwise\n" in text
+  assert "no time is said: the optimizer's state (optimizer.state) crosses v5e's link" in text
+  assert "NaN" not in out.read_text() and "nan" not in text
+  for row in json.loads(out.read_text()):
+    assert row["step_seconds"] is row["tokens_per_second"] is row["seconds"]["host"] is None
+    assert row["seconds"]["products"] > 0
+
+
+def test_cudnn_by_name(capsys):
+  words = [*ARGUMENTS, "--config.model.attention=cudnn", "--config.model.dtype=bfloat16"]
+  assert plan.main([*words, "--config.data.packing=False"]) == 0
+  assert "attention is" not in capsys.readouterr().out
+  for device, packing, reason in (
+    ("v5e", False, "the device is no NVIDIA GPU of capability 8.0 or more"),
+    ("l4", True, "rows of several segments, which it takes on Hopper and later"),
+  ):
+    assert plan.main([*words, f"--device={device}", f"--config.data.packing={packing}"]) == 2
+    assert f"error: attention: 'cudnn' cannot serve this: {reason}" in capsys.readouterr().err
+
+
 def test_what_is_not_counted_is_named(capsys):
   assert plan.main([*ARGUMENTS, "--config.train.eval_batch_size=4"]) == 0
   text = capsys.readouterr().out
@@ -59,6 +84,8 @@ MEASURED = "experiments/bench/train_step_h100.json"
     ("--memory=24", "--memory: no such flag; did you mean --memory_gb?"),
     ("--workdir=runs/x", "--workdir: no such flag"),
     ("--lora.rank=8", "--lora.rank: no such flag; did you mean --config.lora.rank?"),
+    ("--json=", "--json: ''; the name of a file"),
+    ("--json=/", "--json: '/'; the name of a file"),
     ("--json=/nowhere/plan.json", "--json: /nowhere/plan.json; there is no directory /nowhere"),
     (f"--fit={MEASURED}", "--fit: with --config"),
   ],
@@ -72,6 +99,7 @@ def test_what_cannot_be_planned(argument, message, capsys):
   ("words", "message"),
   [
     (["--fit=/nowhere/train.json"], "No such file"),
+    (["--fit="], "--fit: ''; the name of a file"),
     (["--fit=README.md"], "README.md: no JSON: Expecting value"),
     ([f"--fit={MEASURED}", "--device=h100"], "--fit: with --device; it plans nothing"),
     ([f"--fit={MEASURED}", "--config.lora.rank", "8"], "--fit: with --config.lora.rank"),
@@ -103,6 +131,7 @@ def test_a_trial_of_a_sweep_is_planned(tmp_path, monkeypatch, capsys):
     "  yield {'train.batch_size': 5}\n"
   )
   monkeypatch.setattr(plan, "planner", lambda *_: None)
+  monkeypatch.setattr(plan, "table", lambda *_: [])
   monkeypatch.setattr(plan, "text", lambda config, *_: f"{config.train.batch_size} rows")
   for words, rows, differs in (([], 8, True), (["--index", "1"], 5, False)):
     assert plan.main([f"--config={config}", "--model", "tiny", *words]) == 0

@@ -107,6 +107,16 @@ def test_an_evaluation_that_does_not_fit_is_explained(monkeypatch, tmp_path):
   parts(caught, "evaluating 6 rows at a time", counted)
 
 
+def test_attention_is_that_which_computes(monkeypatch):
+  """By blocks, where rows are crowded, though the config leaves it open."""
+  found = []
+  monkeypatch.setattr(planned, "savings", lambda cfg, *_: found.append(cfg.model.attention) or [])
+  for explain in (planned.training_explained, planned.evaluation_explained):
+    explain(config(), MODEL.clone(attention="blockwise"))
+    explain(config(), MODEL)
+  assert found == ["blockwise", "auto"] * 2
+
+
 def test_what_would_save_most_of_an_evaluation():
   cfg = config(**{"train.eval_batch_size": 6})
   fewer = list(planned._of_evaluation(cfg))[:2]
@@ -137,7 +147,8 @@ def test_a_group_that_does_not_fit_is_explained(monkeypatch):
   def loop():
     yield {"tokens": np.zeros((1, 5, 8192), np.int32)}
 
-  monkeypatch.setattr(planned, "savings", lambda *_: SAVED)
+  asked = []
+  monkeypatch.setattr(planned, "savings", lambda *given: asked.append(given) or SAVED)
 
   def members():
     for cfg, state in zip(cfgs, states, strict=True):
@@ -159,6 +170,16 @@ def test_a_group_that_does_not_fit_is_explained(monkeypatch):
   assert together.kept == 3 * alone.kept
   settings = parts(caught, "the step of 3 trials together", together)
   assert any("--group_size=2:" in line for line in settings)
+  (cfg, _, _, offered) = asked[0]
+  assert cfg.lora.rank == 4
+  fields = {path for choices in offered for overrides in choices for path in overrides}
+  assert "train.batch_size" in fields
+  # What would take the trials apart, and what they differ in.
+  assert not fields & {"optimizer.state", "lora.rank"}
+  # And where the states are put on the device, before any step.
+  monkeypatch.setattr(trial_group.trial_groups, "stack", fails)
+  with pytest.raises(planned.OutOfMemoryError, match="the step of 3 trials"):
+    trial_group._train_together(list(members()), trial.Shared())
   monkeypatch.setattr(trial_group.jax, "device_get", fails)
   with pytest.raises(planned.OutOfMemoryError, match="the step of 3 trials"):
     trial_group._read({}, lambda: "the step of 3 trials")

@@ -45,6 +45,16 @@ def test_the_plan_stands_beside_a_row():
     assert train_step.planned_device(kind) == plan.DEVICES[name], kind
 
 
+def test_a_link_of_unknown_speed_gives_no_time_of_a_row():
+  measured = {"device": "TPU v5 lite", "step_bytes": 10**10, "step_seconds": [1.0]}
+  row = train_step.Row.parse("tiny:1x64:full:adam-host")
+  said = train_step.planned(row, measured)
+  assert said is not None
+  assert said["step_seconds"] is said["step_error"] is said["seconds"]["host"] is None
+  found = {"tokens_per_second": 1.0, "peak_bytes": 1, "plan": said}
+  assert train_step.line("row", "ours", found).rstrip().endswith("%, no time")
+
+
 def test_figures_are_drawn(tmp_path):
   pytest.importorskip("matplotlib")
   rows = [*results(), {"row": "llama-70b:1x2048:full", "ours": {"error": "x", "log": ""}}]
@@ -136,7 +146,10 @@ def test_what_waits_on_the_host_may_be_pinned(monkeypatch):
     train_step, "child", lambda _, environment: asked.append(environment) or {"error": ""}
   )
   rows = ["llama-8b:1x350208:offload", "llama-8b:1x350208:full", "llama-70b:1x90112:offload"]
+  monkeypatch.delenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", raising=False)
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
   assert train_step.main(rows) == 1
+  assert all(each["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5" for each in asked)
   limits = [int(each["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"]) for each in asked]
   # 32 · 350,208 · 4096 and 80 · 90,112 · 8192 in 16 bits are 85.5 and 110 GiB.
   assert limits == [86 + 4, 64, 110 + 4]

@@ -15,6 +15,7 @@ from qlora_jax import dequantize, quantize, quantized_matmul
 from qlora_jax.matmul import gpu, tuning
 
 
+@pytest.mark.slow
 def test_generation_is_timed(tmp_path, capsys):
   out = tmp_path / "generate.json"
   arguments = ["--out", str(out), "--model", "tiny", "--context", "48", "--batch", "1,2"]

@@ -23,9 +23,9 @@ from qlora_jax import tree_paths
 from qlora_jax.lora import HEAD, TABLE, LoRAConfig
 from qlora_jax.lora import init as init_lora
 from qlora_jax.models import mlp
-from qlora_jax.models.attention import AttentionName, Case, cudnn_limits, without_kernels
+from qlora_jax.models.attention import AttentionName, cudnn_limits, without_kernels
 from qlora_jax.models.remat import REMAT_POLICIES, RematPolicy
-from qlora_jax.models.transformer import Transformer, TransformerConfig
+from qlora_jax.models.transformer import Transformer, TransformerConfig, training_case
 from qlora_jax.quantized_tensor import is_quantized
 
 
@@ -321,17 +321,8 @@ class Planner:
     Raises:
       ValueError: the model names cuDNN's, which does not serve this on the device; with the reason.
     """
-    config, named = self.config, self._model.attention
-    case = Case(
-      queries=step.seq_len,
-      keys=step.seq_len,
-      width=config.head_dim,
-      dtype=jnp.dtype(self._model.dtype),
-      packed=step.packed,
-      windowed=any(window is not None for window in config.windows),
-      moved=step.packed,
-      softcap=config.attention_softcap is not None,
-    )
+    named = self._model.attention
+    case = training_case(self._model, step.seq_len, packed=step.packed)
     if self._capability is None or self._capability < 8:
       reason = "the device is no NVIDIA GPU of capability 8.0 or more"
     else:

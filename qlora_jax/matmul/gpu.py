@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.matmul import target, tuning
+from qlora_jax.matmul import stacked, target, tuning
 from qlora_jax.quantized_tensor import AnyQuantizedTensor, QuantizedTensor
 
 # Up to which each takes the least time (`python -m experiments.bench.matmul`), by the rule.
@@ -104,8 +104,7 @@ def _dequantized_product(
   # stack, the number alone: the slice is not to be made.
   stack = gpu_dequantize.readable_stack(w)
   if stack is None:
-    w = dataclasses.replace(w, stack=None)
-    x, tied, adapter = jax.lax.optimization_barrier((x, w, adapter))
+    x, tied, adapter = jax.lax.optimization_barrier((x, stacked.without(w), adapter))
   else:
     x, index, adapter = jax.lax.optimization_barrier((x, stack.index, adapter))
     tied = dataclasses.replace(w, stack=dataclasses.replace(stack, index=index))

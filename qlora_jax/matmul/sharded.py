@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.matmul import api, manual_axes
+from qlora_jax.matmul import api, manual_axes, stacked
 from qlora_jax.quantized_tensor import (
   GROUP,
   NestedScales,
@@ -123,7 +123,7 @@ def sharded_matmul(
   w = jax.lax.stop_gradient(dataclasses.replace(w, scales=restore_scales(w.scales)))
   if _GATHERED in _present(partition):
     # What is gathered is no part of a stack.
-    w = dataclasses.replace(w, stack=None)
+    w = stacked.without(w)
   elif w.stack is not None:
     # Nor are scales that were restored.
     own = dataclasses.replace(w.stack, scales=None, levels=None, zero=None)

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qlora_jax import codebooks
-from qlora_jax.matmul import manual_axes, target
+from qlora_jax.matmul import manual_axes, stacked, target
 from qlora_jax.quantized_tensor import (
   GROUP,
   NestedScales,
@@ -183,7 +183,7 @@ def product(
   rows = jnp.pad(rows, ((0, 0), (0, -n % _LANES))) if transposed else _split_planes(rows, w, layout)
   if w.stack is not None and (layout.ragged or n % _LANES):
     # The codes are padded ahead of the kernel: those of this layer alone.
-    w = dataclasses.replace(w, stack=None)
+    w = stacked.without(w)
   operands = _operands(w, layout)
   m = min(len(rows), layout.rows)
   padded_n, padded_k = n + -n % _LANES, _padded(k, layout)

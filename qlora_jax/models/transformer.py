@@ -542,8 +542,13 @@ def attention_name(model: Transformer, seq_len: int, *, packed: bool) -> Attenti
   Raises:
     ValueError: see `attention.choose`.
   """
+  return choose(training_case(model, seq_len, packed=packed), model.attention)
+
+
+def training_case(model: Transformer, seq_len: int, *, packed: bool) -> Case:
+  """The case of attention in training; `attention_name`'s arguments."""
   config = model.config
-  case = Case(
+  return Case(
     queries=seq_len,
     keys=seq_len,
     width=config.head_dim,
@@ -553,7 +558,6 @@ def attention_name(model: Transformer, seq_len: int, *, packed: bool) -> Attenti
     moved=packed,
     softcap=config.attention_softcap is not None,
   )
-  return choose(case, model.attention)
 
 
 def init_cache(

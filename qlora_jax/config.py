@@ -106,7 +106,8 @@ class ModelConfig(_Section):
     table_bits: of the token table and the head where the base is quantized: 8 (int8) or 4 (nf4), in
       blocks of 64; None for `storage_dtype`.
     attention: how it is computed; auto: by the fastest that serves the case.
-    mlp_chunk: tokens of a row whose wide activations exist at once, for long rows; None for all.
+    mlp_chunk: tokens of a row whose wide activations exist at once, at most, for long rows; None
+      for all.
   """
 
   path: str | None = None

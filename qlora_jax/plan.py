@@ -171,7 +171,10 @@ class Step:
 
   @property
   def _wide_tokens(self) -> int:
-    return self.rows * min(self.seq_len, self.mlp_chunk or self.seq_len)
+    if not self._chunked:
+      return self.rows * self.seq_len
+    assert self.mlp_chunk is not None
+    return self.rows * mlp.chunk_length(self.seq_len, self.mlp_chunk)
 
   @property
   def _chunked(self) -> bool:

@@ -3,7 +3,7 @@
 A grid of 48 (eight learning rates × three ranks × two sets of layers) on one NF4 base, trained to
 its end and with halving, for each seed; work is optimizer steps, over all trials.
 
-  python -m experiments.bench.halving --config configs/ablate_own.py --workdir runs/halving
+  python -m experiments.bench.halving --config configs/ablate.py --workdir runs/halving
 
 `--seeds=0` and `--only=full` (or halved) run a part of it; parts share the directory, and the table
 is of what is there.
@@ -26,7 +26,7 @@ from qlora_jax.hf.files import read_json
 from qlora_jax.sweeps import Trial
 
 KEEP = 4
-_STEPS, _EVERY = 256, 16
+_STEPS, _EVERY = 128, 8
 _RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 _RANKS = (2, 8, 32)
 _TARGETS = (("*/attn/*",), ("*/attn/*", "*/mlp/*"))

@@ -156,8 +156,11 @@ def by_rule(x: Any, w: QuantizedTensor) -> tuple[Callable | None, str | None]:
   version = capability(device) or 0.0
   if MOST_FEW_ROWS < rows <= MOST_TILED_ROWS and 9 <= version < 10:
     tiles = gpu_tiles.default_tiles(rows, w)
-    if gpu_tiles.unsupported(x, w, tiles) is None:
+    reason = gpu_tiles.unsupported(x, w, tiles)
+    if reason is None:
       return functools.partial(gpu_tiles.product, tiles=tiles), None
+    if rows > _MOST_BY_WARPS:
+      return None, reason
   if not 1 <= rows <= _MOST_BY_WARPS:
     return None, None
   if not runs_thread_programs(device):

@@ -69,9 +69,10 @@ def _padded_rank(rank: int) -> int:
 
 
 def readable_stack(w: QuantizedTensor) -> Stack | None:
-  """The stack that `dequantize` reads a layer from, if any: its indices have 32 bits."""
+  """The stack that `dequantize` reads a layer from, if any."""
   stack = stacked.readable(w)
-  return None if stack is None or stack.codes.size >= 1 << 31 else stack
+  # Pallas' Triton route counts in 64 bits what has over 2³² bytes, all else in 32, with a sign.
+  return None if stack is None or 1 << 31 <= stack.codes.size <= 1 << 32 else stack
 
 
 def dequantize(

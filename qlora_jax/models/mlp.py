@@ -72,14 +72,25 @@ class MLP(nn.Module):
     return project("down", x.shape[-1], ACTIVATIONS[self.activation](gate) * up)
 
 
-def in_chunks(mlp: nn.Module, x: jax.Array, chunk: int) -> jax.Array:
-  """mlp(x), `[B, T, D] → [B, T, D]`, of `chunk` tokens of each row at a time.
+def chunk_length(tokens: int, most: int) -> int:
+  """The longest chunk of at most `most` that divides a row; where none of half that does, `most`.
+
+  Padded to whole chunks, and cut again, a row is copied: at 350,208 tokens of Llama-3.1-8B, 5.3 GB.
+  """
+  least = -(-tokens // most)
+  parts = next((n for n in range(least, 2 * least + 1) if tokens % n == 0), None)
+  return most if parts is None else tokens // parts
+
+
+def in_chunks(mlp: nn.Module, x: jax.Array, most: int) -> jax.Array:
+  """mlp(x), `[B, T, D] → [B, T, D]`, of at most `most` tokens of each row at a time.
 
   A chunk's activations are not kept: the backward pass computes them again.
   """
   tokens = x.shape[1]
-  if tokens <= chunk:
+  if tokens <= most:
     return mlp(x)
+  chunk = chunk_length(tokens, most)
   parts = jnp.pad(x, ((0, 0), (0, -tokens % chunk), (0, 0)))
   parts = parts.reshape(x.shape[0], -1, chunk, x.shape[2])
 

@@ -359,9 +359,9 @@ class Transformer(nn.Module):
     remat: what the backward pass computes again (see `remat`).
     implementation: of `quantized_matmul`.
     attention: an implementation of `attention.attend`; None takes what `attention.choose` says.
-    mlp_chunk: of each row, tokens whose wide activations in an MLP exist at once; None for all.
-      The backward pass computes a chunk's again, and each draws a dropout mask of its own. (Not of
-      experts, which go by tiles as it is.)
+    mlp_chunk: of each row, tokens whose wide activations in an MLP exist at once, at most (see
+      `mlp.chunk_length`); None for all. The backward pass computes a chunk's again, and each draws
+      a dropout mask of its own. (Not of experts, which go by tiles as it is.)
   """
 
   config: TransformerConfig

@@ -215,7 +215,7 @@ def test_the_benchmark_counts_the_steps_that_were_taken(config, halved):
   assert result.winner == trials[1].label
   grid = bench.trials_of(str(config), 1, whole=False)
   assert len(grid) == 48 and {each.config.seed for each in grid} == {1}
-  assert halving.check(grid, bench.KEEP) == [16, 64]
+  assert halving.check(grid, bench.KEEP) == [8, 32]
 
 
 def test_the_benchmark_s_row_tells_another_winner():

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from qlora_jax import dequantize, quantize, quantized_matmul
 from qlora_jax.matmul import api, gpu, specs, stacked
 from qlora_jax.matmul.specs import ArgumentSpec
+from qlora_jax.quantized_tensor import Stack
 from tests.matmul.gpu_simulator import simulate, simulate_tiles
 
 if jax.__version_info__ < (0, 11, 2):
@@ -242,6 +243,17 @@ def test_a_layer_is_read_in_its_stack(kwargs):
     x = dataclasses.replace(spec, rows=(rows,)).x(jax.random.key(2))
     tiles = (gpu_few_rows if rows == 2 else gpu_tiles).default_tiles(rows, layer)
     assert error(by_threads(x, layered, tiles), x, layer) < 1.1 * library_error(x, layer)
+
+
+@pytest.mark.parametrize(("layers", "in_place"), [(15, True), (16, False), (32, False), (33, True)])
+def test_stacks_that_the_dequantizing_kernel_counts_through(layers, in_place):
+  # Of 2**27 codes a layer.
+  stack = jax.eval_shape(lambda: ArgumentSpec(8192, 32768).w(jax.random.key(0), (layers,)))
+  layer = jax.eval_shape(
+    lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), stack)
+  )
+  layer = dataclasses.replace(layer, stack=Stack(stack.codes, 0, stack.scales, stack.levels, None))
+  assert (gpu_dequantize.readable_stack(layer) is not None) == in_place
 
 
 def lowered(f, *args) -> str:
@@ -491,6 +503,29 @@ def test_a_stack_on_a_gpu(rows):
   in_place = scan(True, x, stack)
   check(in_place[0], y)
   np.testing.assert_allclose(in_place[1], dx, rtol=0, atol=0.02 * float(jnp.abs(dx).max()))
+
+
+@on_a_gpu
+def test_a_stack_of_more_than_4_gib_on_a_gpu():
+  spec = ArgumentSpec(4096, 8192, (1024,), "bfloat16")
+  layers, last = 257, 256
+  x, w = arguments(spec)
+  # The others are zeros.
+  stack = jax.jit(
+    lambda w: jax.tree.map(
+      lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype).at[last].set(leaf), w
+    )
+  )(w)
+  assert stack.codes.size > 1 << 32
+
+  @jax.jit
+  def layer(x, stack, index):
+    return quantized_matmul(x, stacked.layer_of(stack, index))
+
+  expected = gpu_matmul(x, w)
+  atol = 0.02 * float(jnp.abs(expected).max())
+  np.testing.assert_allclose(layer(x, stack, last), expected, rtol=0, atol=atol)
+  assert not layer(x, stack, 128).any()
 
 
 def test_the_registry_prefers_the_gpu():

@@ -11,6 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from qlora_jax import lora
+from qlora_jax.models.mlp import chunk_length
 from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 
@@ -109,6 +110,24 @@ def test_what_is_kept():
   wide = layer * 2 * WIDE
   assert fewest * wide < elementwise - mlp < most * wide
   assert none > elementwise + fewest * wide / 2
+
+
+def test_chunks_of_an_mlp_divide_a_row_where_they_can():
+  # The first two are as long as were padded by 8,000 and 1,000 tokens.
+  lengths = [(350_208, 16_384), (13_312, 2048), (81_920, 16_384), (50, 8), (53, 8), (9, 1)]
+  found = [chunk_length(*each) for each in lengths]
+  assert found == [14_592, 1664, 16_384, 5, 8, 1]
+
+
+def test_an_mlp_in_chunks_of_a_row_that_none_divides():
+  frozen, params, constants = trees(CONFIG)
+  variables = {"params": params, "constants": constants, "frozen": frozen}
+  tokens = TOKENS[:, :23]
+  whole, chunks = (
+    Transformer(CONFIG, jnp.float32, mlp_chunk=chunk).apply(variables, tokens, method="hidden")
+    for chunk in (None, 8)
+  )
+  np.testing.assert_allclose(chunks, whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

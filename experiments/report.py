@@ -195,9 +195,7 @@ def compare(first: Path, second: Path) -> list[Path]:
     blocks += ["Over all matched settings:", report_sections.comparison_table([matched.overall])]
   blocks += [
     report_sections.comparison_plot(
-      matched.comparisons,
-      lambda each: report_sections.short(each.first),
-      "B less A, by setting. Filled: told apart.",
+      matched.comparisons, "B less A, by setting. Filled: told apart."
     ),
     report_sections.comparison_table(matched.comparisons),
   ]

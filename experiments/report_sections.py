@@ -2,7 +2,8 @@
 
 import collections
 import math
-from collections.abc import Callable, Iterable, Sequence, Set
+import re
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -219,15 +220,18 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
   return Table([*_COMPARED, "verdict", "trials"], [_compared(each) for each in comparisons])
 
 
-def comparison_plot(
-  comparisons: Sequence[Comparison], name: Callable[[Comparison], str], caption: str
-) -> Plot:
-  """Differences with their intervals; the first ones, where there are many."""
+def comparison_plot(comparisons: Sequence[Comparison], caption: str, *, both: bool = False) -> Plot:
+  """Differences with their intervals; the first ones, where there are many.
+
+  Args:
+    both: bars are named by the second as well.
+  """
   kept = comparisons[:_BARS]
+  names = told_apart([name for each in kept for name in (each.first, each.second)[: 1 + both]])
   svg = figures.intervals(
     [
       (
-        name(each),
+        " − ".join(names[name] for name in (each.first, each.second)[: 1 + both]),
         each.difference.value,
         each.interval,
         each.corrected is not None and each.corrected < sweep_results.ALPHA,
@@ -265,7 +269,6 @@ def _comparisons(findings: Findings) -> Section:
       "QLoRA less 16-bit LoRA, setting by setting:",
       comparison_plot(
         findings.against_16bit,
-        lambda each: short(each.first),
         "QLoRA less 16-bit LoRA, by setting. Filled: told apart.",
       ),
       comparison_table(findings.against_16bit),
@@ -276,15 +279,35 @@ def _comparisons(findings: Findings) -> Section:
   if every:
     blocks += [
       "Values of a field, all else equal, averaged over the settings that have both:",
-      comparison_plot(
-        every,
-        lambda each: f"{short(each.first)} − {short(each.second)}",
-        "Values of a field in pairs. Filled: told apart.",
-      ),
+      comparison_plot(every, "Values of a field in pairs. Filled: told apart.", both=True),
       comparison_table(every),
     ]
   blocks += [f"{each.field}: {each.reason}." for each in findings.by_factor if each.reason]
   return Section("comparisons", "Paired differences", blocks)
+
+
+def told_apart(labels: Iterable[str]) -> dict[str, str]:
+  """Labels as a figure has room for, by label: `short`, without fields that another one tells.
+
+  Such as alpha and the learning rate, where each rank has its own.
+  """
+  rows: dict[tuple[str, ...], dict[str, list[str]]] = {}
+  for label in labels:
+    # A value may have a comma too; a field's path has a point.
+    parts = re.split(r", (?=\w+\.[\w.]+ |16 bits)", label)
+    fields = tuple(part.partition(" ")[0] for part in parts)
+    rows.setdefault(fields, {})[label] = parts
+  found = {}
+  for own in rows.values():
+    columns = list(zip(*own.values(), strict=True))
+    kept: list[int] = []
+    for i, column in enumerate(columns):
+      if not any(
+        1 < len(set(columns[j])) == len(set(zip(columns[j], column, strict=True))) for j in kept
+      ):
+        kept.append(i)
+    found |= {label: short(", ".join(parts[i] for i in kept)) for label, parts in own.items()}
+  return found
 
 
 def short(label: str) -> str:

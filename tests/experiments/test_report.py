@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import report, sweep_results
+from experiments import report, report_sections, sweep_results
 from experiments.sweep_results import ReportError
 from qlora_jax.sweeps import cross, grid, zipped
 from tests.experiments import synthetic_sweep
@@ -114,6 +114,22 @@ def test_what_differs_is_told_and_what_does_not_is_called_so(found):
   assert nf4["corrected"] >= nf4["difference"]["p"] and min(p) * len(p) == pytest.approx(
     min(each["corrected"] for each in [rank, block, *pairs.values()])
   )
+
+
+def test_a_figure_s_labels_leave_out_what_another_field_tells():
+  alone = "lora.rank 8, lora.alpha 16"
+  pairs = [(rank, block) for rank in (2, 8) for block in (32, 64)]
+  labels = {
+    f"lora.rank {r}, lora.alpha {2 * r}, lora.targets ('a, b', 'c'), quantization.block_size {b}": (
+      f"rank {r}, block_size {b}"
+    )
+    for r, b in pairs
+  }
+  sixteen = {
+    f"lora.rank {r}, lora.dropout {d}, 16 bits": f"rank {r}, dropout {d}" for r, d in pairs
+  }
+  found = report_sections.told_apart([alone, *labels, *sixteen])
+  assert found == {alone: "rank 8, alpha 16", **labels, **sixteen}
 
 
 def test_pairing_takes_out_the_luck_of_a_seed(found):

@@ -21,15 +21,16 @@ it runs what is new in it. On another base and text:
 
 The quickstart's matrices have 128 or 344 rows: on its base, blocks of 256 are cut short.
 
-The answer found here (CPU, JAX 0.11.2; held-out loss of 16-bit LoRA 1.324, 1.176 and 1.073 at ranks
+The answer found here (CPU, JAX 0.11.2; held-out loss of 16-bit LoRA 1.324, 1.177 and 1.073 at ranks
 2, 8 and 32; less that, the mean over ranks and block sizes, with its standard error):
 
   bof4s .005 (.004)   af4 .006 (.005)   int4_signed .007 (.005)   nf4 .009 (.002)
   e2m1 .011 (.003)    int4 .012 (.003)  fp4 .020 (.006)
 
-So NF4 costs .009 nats, 1% of what training wins. Of the codebooks, three seeds on so small a base
-tell apart fp4 and af4 alone; of the block sizes, 32 and 64 (.009); rank 2 from the others (.144 and
-.262, rank 32 at its own rate). configs/ablate_own.py resolves ten times more.
+NF4 is .009 nats above 16-bit LoRA, 1% of what training wins, and three seeds on so small a base do
+not separate them (p = .13). They tell apart, of the codebooks, fp4 and af4 alone, and of the block
+sizes 32 and 64 (.009); the rank they do: 2 from 8 and from 32 at its own rate (.144 and .262).
+configs/ablate_own.py resolves ten times more.
 """
 
 from configs import quickstart

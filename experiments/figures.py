@@ -20,7 +20,7 @@ _INK = "#010203"
 _COLOURS = ("#3a86c8", "#d9752b", "#2f9e6e", "#c2569b", "#8a79e0", "#a98a1d", "#d64a4a", "#4a9ea6")
 _MARKERS = "osD^vPX*"
 
-_LONGEST = 46  # characters of a name in a figure
+LONGEST = 46  # characters of a name in a figure
 
 # Series that are told apart in one figure.
 MOST_SERIES = len(_COLOURS)
@@ -96,7 +96,7 @@ def _legend(axes, names: Sequence[str]) -> None:
 
 def _cut(name: str) -> str:
   """A name that leaves the figure its room."""
-  return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+  return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
 
 
 @_styled

@@ -287,10 +287,15 @@ def _comparisons(findings: Findings) -> Section:
 
 
 def told_apart(labels: Iterable[str]) -> dict[str, str]:
-  """Labels as a figure has room for, by label: `short`, without fields that another one tells.
+  """Names as a figure has room for, by label: `short`.
 
-  Such as alpha and the learning rate, where each rank has its own.
+  Where that is longer, without fields that another one tells: alpha and the learning rate, where
+  each rank has its own.
   """
+  labels = list(dict.fromkeys(labels))
+  whole = {label: short(label) for label in labels}
+  if all(len(name) <= figures.LONGEST for name in whole.values()):
+    return whole
   rows: dict[tuple[str, ...], dict[str, list[str]]] = {}
   for label in labels:
     # A value may have a comma too; a field's path has a point.
@@ -307,7 +312,8 @@ def told_apart(labels: Iterable[str]) -> dict[str, str]:
       ):
         kept.append(i)
     found |= {label: short(", ".join(parts[i] for i in kept)) for label, parts in own.items()}
-  return found
+  count = collections.Counter(found.values())
+  return {label: name if count[name] == 1 else whole[label] for label, name in found.items()}
 
 
 def short(label: str) -> str:

@@ -101,8 +101,9 @@ class ModelConfig(_Section):
     dtype: of activations and products.
     storage_dtype: of the weights that are not quantized (norms, embeddings, and all in 16 bits).
     remat: what the backward pass computes again: all of a layer (full; offload: its input waits in
-      the host's memory), its MLP (mlp), norms and activations (elementwise), nothing (none); auto:
-      the fastest that the device's memory lets, found by compiling.
+      the host's memory; offload_pairs: that of every other layer), its MLP (mlp), norms and
+      activations (elementwise), nothing (none); auto: the fastest that the device's memory lets,
+      found by compiling.
     table_bits: of the token table and the head where the base is quantized: 8 (int8) or 4 (nf4), in
       blocks of 64; None for `storage_dtype`.
     attention: how it is computed; auto: by the fastest that serves the case.
@@ -114,7 +115,7 @@ class ModelConfig(_Section):
   quantize: bool = True
   dtype: FloatDType = "bfloat16"
   storage_dtype: FloatDType = "bfloat16"
-  remat: Literal["auto", "offload", "full", "mlp", "elementwise", "none"] = "full"
+  remat: Literal["auto", "offload", "offload_pairs", "full", "mlp", "elementwise", "none"] = "full"
   table_bits: int | None = None
   attention: Literal["auto", "plain", "blockwise", "cudnn"] = "auto"
   mlp_chunk: int | None = None

@@ -24,7 +24,7 @@ from qlora_jax.lora import HEAD, TABLE, LoRAConfig
 from qlora_jax.lora import init as init_lora
 from qlora_jax.models import mlp
 from qlora_jax.models.attention import AttentionName, cudnn_limits, without_kernels
-from qlora_jax.models.remat import REMAT_POLICIES, RematPolicy
+from qlora_jax.models.remat import OFFLOADING, REMAT_POLICIES, RematPolicy
 from qlora_jax.models.transformer import Transformer, TransformerConfig, training_case
 from qlora_jax.quantized_tensor import is_quantized
 
@@ -38,7 +38,7 @@ class Device:
     flop_s: of dense bf16 products summed in float32.
     bytes_s: of its memory.
     host_bytes_s: of its link to the host, one way; None where that is not known, and nothing is
-      said of `offload` then.
+      said of `offload` and `offload_pairs` then.
     capability: an NVIDIA GPU's compute capability, which says what cuDNN's attention takes there.
   """
 
@@ -84,8 +84,8 @@ class Constants:
   residual: float = 9.486
   weights: float = 1.608
   products: float = 0.6667
-  attention: float = 0.5922
-  passes: float = 12.13
+  attention: float = 0.5943
+  passes: float = 12.14
 
 
 # Of what the rows of `fit` do not have, by XLA's account for an H100 of steps of a few layers.
@@ -93,7 +93,7 @@ class Constants:
 # the share that lies beside them.
 _LOGITS, _BESIDE = 3.0, 0.7
 # Of attention by blocks: arrays `[tokens, H · h]` more than of cuDNN's.
-_BLOCKS = 4.4
+_BLOCKS = 3.4
 # Of experts: float32 arrays of a row of D for each token and expert that it goes through.
 _ROUTED = 5.5
 # Of a layer that has no gradient, what `wide`, `residual` and `weights` are of one that has; and
@@ -171,10 +171,8 @@ class Step:
 
   @property
   def _wide_tokens(self) -> int:
-    if not self._chunked:
-      return self.rows * self.seq_len
-    assert self.mlp_chunk is not None
-    return self.rows * mlp.chunk_length(self.seq_len, self.mlp_chunk)
+    # At most: chunks that divide the row may be shorter, and a longer row's shorter than another's.
+    return self.rows * min(self.seq_len, self.mlp_chunk or self.seq_len)
 
   @property
   def _chunked(self) -> bool:
@@ -183,7 +181,7 @@ class Step:
 
 def again(step: Step) -> tuple[bool, bool]:
   """Whether the backward pass computes attention's part of a layer again, and the MLP's."""
-  whole = step.remat in ("full", "offload")
+  whole = step.remat in ("full", *OFFLOADING)
   # What a chunk of an MLP has kept goes when the policy is to keep everything but names nothing.
   return whole, whole or step.remat == "mlp" or (step.remat == "none" and step._chunked)
 
@@ -199,9 +197,10 @@ def operations(config: TransformerConfig, step: Step) -> tuple[int, int]:
   pairs = sum(_pairs(step.seq_len, config.windows[kind]) for kind in config.kind_of_layer)
   attention = 4 * config.num_heads * config.head_dim * step.rows * pairs
   attention_again, _ = again(step)
+  times_again = attention_again + (step.remat == "offload_pairs")
   return (
     round(step.tokens * (config.num_layers * sum(_of_a_layer(config, step)) + head)),
-    attention + attention * 5 // 2 + attention_again * attention,
+    attention + attention * 5 // 2 + times_again * attention,
   )
 
 
@@ -230,6 +229,9 @@ def _of_a_layer(config: TransformerConfig, step: Step) -> tuple[float, float]:
       repeated_first += (not attention_again) * q * d
       # A chunk's wide arrays, for its result and once more for its gradient.
       repeated_mlp += last + (step._chunked and mlp_again) * wide
+  if step.remat == "offload_pairs":
+    # A pair goes forward once more, whole, for the inputs of its layers.
+    repeated_first, repeated_mlp = repeated_first + first, repeated_mlp + wide + last
   return 4 * first + 2 * repeated_first, 4 * (wide + last) + 2 * repeated_mlp
 
 
@@ -486,11 +488,15 @@ class Planner:
     products, attention = operations(config, step)
     attention_again, mlp_again = again(step)
     wide = config.intermediate_size * max(config.experts_per_token, 1)
-    a_token = (3 + attention_again) * config.hidden_size + (3 + mlp_again) * wide
+    once_more = step.remat == "offload_pairs"
+    a_token = (3 + attention_again + once_more) * config.hidden_size
+    a_token += (3 + mlp_again + once_more) * wide
     activations = size * step.tokens * config.num_layers * a_token
     # A product of N rows with a weight is 2 N FLOPs, and decodes it once; of experts, of a tile.
     first, of_mlp = (config.num_layers * step.tokens * x for x in _of_a_layer(config, step))
     rows = step.tokens
+    if step.mlp_chunk is not None and step._chunked:
+      rows = step.rows * mlp.chunk_length(step.seq_len, step.mlp_chunk)
     if config.num_experts:
       rows, _ = mlp.tiling(step.tokens * config.experts_per_token, config.num_experts)
     decoded = (first / (2 * step.tokens) + of_mlp / (2 * rows)) * self._packed_share
@@ -549,7 +555,8 @@ class Planner:
 
 def policies(device: Device) -> tuple[RematPolicy, ...]:
   """Those that the plan can time on a device."""
-  return tuple(p for p in REMAT_POLICIES if p != "offload" or device.host_bytes_s is not None)
+  known_link = device.host_bytes_s is not None
+  return tuple(p for p in REMAT_POLICIES if known_link or p not in OFFLOADING)
 
 
 def known(value: float) -> float | None:
@@ -611,8 +618,12 @@ def _kept_bytes(
   device = host = 0
   for aval in kept.values():
     sizes = getattr(aval, "shape", ())
-    # A scan stacks what its layers keep; the rest is in the working set.
-    if len(sizes) < 3 or sizes[0] != model.config.num_layers:
+    # A scan stacks what its layers (or pairs of them, whose input alone waits) keep; the rest is
+    # in the working set.
+    paired = model.remat == "offload_pairs"
+    if len(sizes) < 3 or sizes[0] != model.config.num_layers // (1 + paired):
+      continue
+    if paired and not _on_host(aval):
       continue
     size = math.prod(sizes) * aval.dtype.itemsize
     if _on_host(aval):

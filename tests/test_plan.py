@@ -80,6 +80,8 @@ def test_what_waits_on_the_host():
   assert offload.host == full.kept == LAYERS * BATCH * LENGTH * 16 * 4
   assert offload.kept == 0
   assert full.total - offload.total == full.kept
+  pairs = memory("offload_pairs")
+  assert (pairs.kept, pairs.host, pairs.total) == (0, offload.host // 2, offload.total)
 
 
 def test_products_and_pairs_are_counted():
@@ -113,6 +115,31 @@ def _dots(jaxpr: Any) -> int:
   return count
 
 
+def traced(config: TransformerConfig, policy: Any, chunk: int | None = None) -> int:
+  """FLOPs of the products of 64 tokens' gradient."""
+  model = Transformer(config, jnp.float32, policy, attention="plain", mlp_chunk=chunk)
+  frozen = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
+
+  def gradient(x, frozen):
+    return jax.grad(lambda x: model.apply({"frozen": frozen}, x, method="blocks")[0].sum())(x)
+
+  x = jax.ShapeDtypeStruct((1, 64, config.hidden_size), jnp.float32)
+  jaxpr: Any = jax.make_jaxpr(gradient)(x, frozen).jaxpr
+  return _dots(partial_eval.dce_jaxpr(jaxpr, [True], True)[0])
+
+
+def test_pairs_go_forward_once_more():
+  config = TransformerConfig(64, 32, 96, 4, 4, 2, 8)
+  pairs, offload = (
+    plan.operations(config, plan.Step(1, 64, policy)) for policy in ("offload_pairs", "offload")
+  )
+  products, attention = (more - less for more, less in zip(pairs, offload, strict=True))
+  assert products == 4 * 64 * 2 * (32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 96)
+  # What is traced has logits of all pairs of tokens.
+  expected = products + attention * 64**2 / (64 * 65 / 2)
+  assert traced(config, "offload_pairs") - traced(config, "offload") == expected
+
+
 @pytest.mark.parametrize("policy", ["full", "mlp", "elementwise", "none"])
 @pytest.mark.parametrize("chunk", [None, 16])
 def test_what_a_norm_has_computed_again(policy, chunk):
@@ -120,16 +147,8 @@ def test_what_a_norm_has_computed_again(policy, chunk):
 
   def counts(**fields):
     config = TransformerConfig(64, 32, 96, 3, 4, 2, 8, **fields)
-    model = Transformer(config, jnp.float32, policy, attention="plain", mlp_chunk=chunk)
-    frozen = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["frozen"]
-
-    def gradient(x, frozen):
-      return jax.grad(lambda x: model.apply({"frozen": frozen}, x, method="blocks")[0].sum())(x)
-
-    x = jax.ShapeDtypeStruct((1, 64, 32), jnp.float32)
-    jaxpr: Any = jax.make_jaxpr(gradient)(x, frozen).jaxpr
-    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True], True)
-    return _dots(needed), plan.operations(config, plan.Step(1, 64, policy, chunk))[0]
+    operations, _ = plan.operations(config, plan.Step(1, 64, policy, chunk))
+    return traced(config, policy, chunk), operations
 
   norms: Any = (
     {"qk_norm": "head"},
@@ -208,8 +227,9 @@ COMPILED = {
   "mixtral-8x7b@2:4x2048:full": (2202, 3276),
   "qwen3-30b-a3b@2:1x2048:full": (2310, 1522),
   "qwen3-30b-a3b@2:4x2048:full": (2310, 3759),
-  "llama-8b:1x350208:offload": (6209, 42301),
+  "llama-8b:1x350208:offload": (6209, 39180),
   # And not fitted on.
+  "llama-8b:1x350208:offload_pairs": (6209, 39199),
   "llama-3b:2x4096:full": (2534, 2795),
   "qwen3-32b:1x8192:full": (20822, 9369),
   "llama-3b:8x512:elementwise": (2534, 8123),

@@ -309,9 +309,9 @@ def measure_bitsandbytes(k: int, n: int, rows: Sequence[int]) -> list[dict]:
     try:
       results = pool.submit(_bitsandbytes, k, n, rows).result()
     except concurrent.futures.BrokenExecutor as e:
+      # What it had measured, it has printed.
       results = [_refused(k, n, e)]
-  for result in results:
-    print(json.dumps(result), flush=True)
+      print(json.dumps(results[0]), flush=True)
   return results
 
 
@@ -321,6 +321,7 @@ def _bitsandbytes(k: int, n: int, rows: Sequence[int]) -> list[dict]:
     _measure_bitsandbytes(k, n, rows, results)
   except Exception as e:  # As of the other peers.
     results.append(_refused(k, n, e))
+    print(json.dumps(results[-1]), flush=True)
   return results
 
 
@@ -355,23 +356,25 @@ def _measure_bitsandbytes(k: int, n: int, rows: Sequence[int], results: list[dic
       for i in range(_CALLS):
         function(*packed[i % count])
 
-    for _ in range(3):
-      program()
+    program()
     torch.cuda.synchronize()
     walls = []
-    for _ in range(7):
+    while len(walls) < _LEAST_RUNS or sum(walls) < _STEADY:
       start = time.perf_counter()
       program()
       torch.cuda.synchronize()
       walls.append(time.perf_counter() - start)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-      program()
+      for _ in range(3):
+        program()
       torch.cuda.synchronize()
     device = sum(event.self_device_time_total for event in profile.key_averages())
     result = {"work": work, "k": k, "n": n, "m": m, "implementation": "bitsandbytes"}
-    result |= {"us": device / _CALLS, "call_us": statistics.median(walls) / _CALLS * 1e6}
+    calls = 3 * _CALLS
+    result |= {"us": device / calls, "call_us": statistics.median(walls) / _CALLS * 1e6}
     results.append(result)
+    print(json.dumps(result), flush=True)
 
   record("dequantize", 0, lambda codes, state: functional.dequantize_4bit(codes, state))
   for m in rows:

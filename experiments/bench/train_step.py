@@ -505,7 +505,8 @@ def _environment(row: Row) -> dict[str, str]:
   """
   config = architecture(row.model)
   waiting = 2 * config.num_layers * row.batch_size * row.seq_len * config.hidden_size
-  gib = -(-waiting // 2**30) + _HOST_SPARE if row.remat == "offload" else 0
+  layers_a_wait = {"offload": 1, "offload_pairs": 2}.get(row.remat)
+  gib = 0 if layers_a_wait is None else -(-waiting // (layers_a_wait * 2**30)) + _HOST_SPARE
   # XLA pins 64 GiB at most where it is not told. Not all of the host's by default: what it pins it
   # takes in powers of two, up to this.
   own = {

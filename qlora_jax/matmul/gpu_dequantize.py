@@ -71,8 +71,15 @@ def _padded_rank(rank: int) -> int:
 def readable_stack(w: QuantizedTensor) -> Stack | None:
   """The stack that `dequantize` reads a layer from, if any."""
   stack = stacked.readable(w)
+  if stack is None:
+    return None
+  leaves = jax.tree.leaves((stack.codes, stack.scales, stack.levels, stack.zero))
+  return stack if all(map(_countable, leaves)) else None
+
+
+def _countable(x: jax.Array) -> bool:
   # Pallas' Triton route counts in 64 bits what has over 2³² bytes, all else in 32, with a sign.
-  return None if stack is None or 1 << 31 <= stack.codes.size <= 1 << 32 else stack
+  return not (x.dtype.itemsize == 1 and 1 << 31 < x.size <= 1 << 32)
 
 
 def dequantize(

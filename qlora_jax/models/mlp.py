@@ -73,9 +73,9 @@ class MLP(nn.Module):
 
 
 def chunk_length(tokens: int, most: int) -> int:
-  """The longest chunk of at most `most` that divides a row; where none of half that does, `most`.
+  """The longest chunk of at most `most` that divides a row, in at most twice as many as it takes.
 
-  Padded to whole chunks, and cut again, a row is copied: at 350,208 tokens of Llama-3.1-8B, 5.3 GB.
+  Where none does, `most`, to which the row is padded; then it is copied, once or twice.
   """
   least = -(-tokens // most)
   parts = next((n for n in range(least, 2 * least + 1) if tokens % n == 0), None)

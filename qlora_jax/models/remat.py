@@ -2,15 +2,17 @@
 
 From the least memory to the most, of a decoder layer:
 
-  policy       keeps on the device                               computes again
-  offload      nothing: the layer's input waits on the host      all but what ends the layer
-  full         the layer's input                                 all but what ends the layer
-  mlp          and q, k, v, attention's result, the sum after    the MLP's first products
-  elementwise  and what the MLP's first products gave            norms, activations, no product
-  none         everything                                        nothing
+  policy         keeps on the device                              computes again
+  offload        nothing: the layer's input waits on the host     all but what ends the layer
+  offload_pairs  as offload, of every other layer: half as much   all, and then as offload
+                 on the host; two layers' inputs on the device
+  full           the layer's input                                all but what ends the layer
+  mlp            and q, k, v, attention's result, the sum after   the MLP's first products
+  elementwise    and what the MLP's first products gave           norms, activations, no product
+  none           everything                                       nothing
 
 No policy changes a result but by rounding: what is computed again may be fused otherwise, and what
-XLA fuses is not rounded to 16 bits on the way.
+XLA fuses is not rounded to 16 bits on the way. (In pairs each layer draws other dropout masks.)
 "All but what ends the layer": the last product's result enters nothing that has a gradient, so
 XLA drops it. Not so before a norm, whose gradient is taken at what entered it: where q and k have
 norms, or a block's result has one, the products before those are computed again as well.
@@ -26,11 +28,13 @@ from jax.ad_checkpoint import checkpoint_name
 from qlora_jax.lora import LOW_RANK
 from qlora_jax.models.attention import ATTENTION
 
-RematPolicy = Literal["offload", "full", "mlp", "elementwise", "none"]
+RematPolicy = Literal["offload", "offload_pairs", "full", "mlp", "elementwise", "none"]
 REMAT_POLICIES: tuple[RematPolicy, ...] = get_args(RematPolicy)
+# Those under which something waits in the host's memory.
+OFFLOADING: tuple[RematPolicy, ...] = ("offload", "offload_pairs")
 
 # Names of what a policy may keep.
-INPUT = "input"  # of a layer, [B, T, D]
+INPUT = "input"  # of a layer, or of a pair of layers, [B, T, D]
 QKV = "qkv"  # what enters attention
 MIDDLE = "middle"  # the residual stream between attention and MLP
 WIDE = "wide"  # of an MLP, before its activation
@@ -45,7 +49,7 @@ def named(name: str, *arrays: jax.Array) -> Any:
 
 
 def block(module: type[nn.Module], policy: str) -> Any:
-  """`module`, a layer that a scan runs, under the policy of that name.
+  """`module`, a layer (or of "offload_pairs" a pair) that a scan runs, under a policy by name.
 
   Raises:
     ValueError: no such policy.
@@ -61,7 +65,7 @@ def block(module: type[nn.Module], policy: str) -> Any:
 def _policy(name: str) -> Callable[..., Any] | None:
   if name == "full":
     return None
-  if name == "offload":
+  if name in OFFLOADING:
     return jax.checkpoint_policies.save_and_offload_only_these_names(
       names_which_can_be_saved=(),
       names_which_can_be_offloaded=(INPUT,),

@@ -295,11 +295,13 @@ class Block(nn.Module):
   attention: AttentionName | None
   mlp_chunk: int | None
 
+  paired: bool = False
+
   @nn.compact
   def __call__(self, carry, rotary, visible, index, kind, layer):
     config = self.config
     x, stacks = carry
-    x = remat.named(remat.INPUT, x)
+    x = x if self.paired else remat.named(remat.INPUT, x)
 
     def norm(name: str, wanted: bool, x: jax.Array) -> jax.Array:
       if not wanted:
@@ -347,6 +349,44 @@ class Block(nn.Module):
     )(x, router(x))
 
 
+class Pair(nn.Module):
+  """Two decoder layers, as `Block`, whose weights have a leading axis of 2."""
+
+  config: TransformerConfig
+  dtype: DTypeLike
+  implementation: str | None
+  attention: AttentionName | None
+  mlp_chunk: int | None
+
+  def setup(self):
+    layers = _scanned(remat.block(Block, "full"), 2)
+    rest = (self.implementation, self.attention, self.mlp_chunk, True)
+    self.layers = layers(self.config, self.dtype, *rest)
+    nn.share_scope(self, self.layers)  # a layer's path is the same in a pair
+
+  def __call__(self, carry, *rest):
+    x, stacks = carry
+    return self.layers((remat.named(remat.INPUT, x), stacks), *rest)
+
+
+def _scanned(block: Any, length: int) -> Any:
+  """`block`, a layer or a pair, run one after another over what their variables are stacks of."""
+  shared = nn.broadcast
+  return nn.scan(
+    block,
+    variable_axes={"params": 0, "frozen": 0, "constants": 0, NUMBER: 0},
+    variable_broadcast=STACKED,
+    split_rngs={"params": True, "dropout": True},
+    in_axes=(shared, shared, shared, 0, 0),  # pyright: ignore[reportArgumentType]
+    length=length,
+  )
+
+
+def _in_pairs(tree: Any) -> Any:
+  """Every `[L, …]` of a tree as `[L / 2, 2, …]`."""
+  return jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), tree)
+
+
 class Transformer(nn.Module):
   """A causal language model over a frozen base.
 
@@ -378,15 +418,15 @@ class Transformer(nn.Module):
     self.embed = Embed(
       config.vocab_size, config.hidden_size, self.dtype, scale=config.embedding_scale
     )
-    shared = nn.broadcast
-    layers = nn.scan(
-      remat.block(Block, self.remat),
-      variable_axes={"params": 0, "frozen": 0, "constants": 0, NUMBER: 0},
-      variable_broadcast=STACKED,
-      split_rngs={"params": True, "dropout": True},
-      in_axes=(shared, shared, shared, 0, 0),  # pyright: ignore[reportArgumentType]
-      length=config.num_layers,
-    )
+    if not self._paired:
+      policy = "full" if self.remat == "offload_pairs" else self.remat
+      layers = _scanned(remat.block(Block, policy), config.num_layers)
+    else:
+      if config.num_layers % 2:
+        raise ValueError(f"remat: 'offload_pairs' of {config.num_layers} layers; an even number")
+      layers = _scanned(remat.block(Pair, self.remat), config.num_layers // 2)
+      collections = ("params", "frozen", "constants", NUMBER)
+      layers = nn.map_variables(layers, collections, _in_pairs)
     # Those that are being made have no stacks yet.
     layers = layers if self.is_initializing() else lend_stacks(layers)
     self.layers = layers(config, self.dtype, self.implementation, self.attention, self.mlp_chunk)
@@ -400,6 +440,11 @@ class Transformer(nn.Module):
         output_dtype=jnp.float32,
         implementation=self.implementation,
       )
+
+  @property
+  def _paired(self) -> bool:
+    # Weights that are being made have the axis of layers alone.
+    return self.remat == "offload_pairs" and not self.is_initializing()
 
   def __call__(self, tokens, segment_ids=None, positions=None, cache=None, *, fresh=False):
     """Logits of the next token.
@@ -448,7 +493,10 @@ class Transformer(nn.Module):
       layer = jnp.arange(self.config.num_layers)
       # In the carry, not an output of each layer: that would be a second cache, written anew.
       stacks = {"k": cache["k"], "v": cache["v"]}
-    (y, written), _ = self.layers((x, stacks), rotary, visible, index, kind, layer)
+    by_layer = (kind, layer)
+    if self._paired:
+      by_layer = _in_pairs(by_layer)
+    (y, written), _ = self.layers((x, stacks), rotary, visible, index, *by_layer)
     if cache is None:
       return y, None
     return y, {**written, **keys, "index": cache["index"] + x.shape[1]}

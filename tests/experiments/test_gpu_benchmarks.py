@@ -95,12 +95,12 @@ def test_a_benchmark_without_a_place_for_its_result_is_refused(capsys):
   assert "--out is wanted, or --draw" in capsys.readouterr().err
 
 
-def test_a_peer_in_another_process_that_cannot_run_is_refused(capsys):
+def test_a_peer_in_another_process_that_cannot_run_is_refused(capfd):
   # torch, bitsandbytes or a GPU is missing here.
   (result,) = matmul.measure_bitsandbytes(64, 64, (1,))
   assert result["implementation"] == "bitsandbytes"
   assert result["refused"]
-  assert json.loads(capsys.readouterr().out) == result
+  assert json.loads(capfd.readouterr().out) == result
 
 
 # Products beside their peers

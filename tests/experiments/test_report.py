@@ -130,6 +130,17 @@ def test_a_figure_s_labels_leave_out_what_another_field_tells():
   }
   found = report_sections.told_apart([alone, *labels, *sixteen])
   assert found == {alone: "rank 8, alpha 16", **labels, **sixteen}
+  # Where there is room, or two would be alike, all stays.
+  assert (
+    report_sections.told_apart([*sixteen])[next(iter(sixteen))] == "rank 2, dropout 32, 16 bits"
+  )
+  alike = {
+    f"lora.rank 8, lora.alpha 16, lora.targets {'x' * 40}": "rank 8",
+    "lora.rank 8": "rank 8",
+  }
+  other = f"lora.rank 2, lora.alpha 4, lora.targets {'y' * 40}"
+  found = report_sections.told_apart([*alike, other])
+  assert found[other] == "rank 2" and len(set(found.values())) == 3
 
 
 def test_pairing_takes_out_the_luck_of_a_seed(found):

@@ -28,7 +28,7 @@ def test_a_row_is_read():
     ("llama-8b:4x2048:full:8bit", "no row"),
     ("llama-9b:4x2048:full", "no such model; one of llama-8b"),
     ("tiny:0x64:full", "B is at least 1"),
-    ("tiny:1x64:half", "REMAT one of offload, full"),
+    ("tiny:1x64:half", "REMAT one of offload, offload_pairs, full"),
   ],
 )
 def test_what_is_no_row(text, message):

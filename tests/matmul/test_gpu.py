@@ -245,7 +245,7 @@ def test_a_layer_is_read_in_its_stack(kwargs):
     assert error(by_threads(x, layered, tiles), x, layer) < 1.1 * library_error(x, layer)
 
 
-@pytest.mark.parametrize(("layers", "in_place"), [(15, True), (16, False), (32, False), (33, True)])
+@pytest.mark.parametrize(("layers", "in_place"), [(16, True), (17, False), (32, False), (33, True)])
 def test_stacks_that_the_dequantizing_kernel_counts_through(layers, in_place):
   # Of 2**27 codes a layer.
   stack = jax.eval_shape(lambda: ArgumentSpec(8192, 32768).w(jax.random.key(0), (layers,)))
@@ -254,6 +254,15 @@ def test_stacks_that_the_dequantizing_kernel_counts_through(layers, in_place):
   )
   layer = dataclasses.replace(layer, stack=Stack(stack.codes, 0, stack.scales, stack.levels, None))
   assert (gpu_dequantize.readable_stack(layer) is not None) == in_place
+
+
+def test_scales_that_the_dequantizing_kernel_cannot_count_through():
+  spec = ArgumentSpec(8192, 32768, block_size=16)
+  stack = jax.eval_shape(lambda: spec.w(jax.random.key(0), (200,)))
+  layer = jax.eval_shape(lambda: spec.w(jax.random.key(0)))
+  layer = dataclasses.replace(layer, stack=Stack(stack.codes, 0, stack.scales, stack.levels, None))
+  assert stack.codes.size > 1 << 32 > stack.scales.codes.size > 1 << 31
+  assert gpu_dequantize.readable_stack(layer) is None
 
 
 def lowered(f, *args) -> str:

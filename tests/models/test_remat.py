@@ -67,6 +67,12 @@ def test_no_policy_changes_a_number(options):
     )
 
 
+def test_an_odd_layer_has_no_pair():
+  model = Transformer(dataclasses.replace(CONFIG, num_layers=3), remat="offload_pairs")
+  with pytest.raises(ValueError, match="remat: 'offload_pairs' of 3 layers; an even number"):
+    jax.eval_shape(lambda: model.apply({}, TOKENS))
+
+
 def products(jaxpr, shapes) -> int:
   """How many products of the program have a kernel `[K, N]` of one of these shapes."""
   count = 0
@@ -83,7 +89,14 @@ def products(jaxpr, shapes) -> int:
 
 @pytest.mark.parametrize(
   ("policy", "of_q", "of_gate_and_up"),
-  [("none", 2, 3), ("elementwise", 2, 3), ("mlp", 2, 5), ("full", 3, 5), ("offload", 3, 5)],
+  [
+    ("none", 2, 3),
+    ("elementwise", 2, 3),
+    ("mlp", 2, 5),
+    ("full", 3, 5),
+    ("offload", 3, 5),
+    ("offload_pairs", 4, 7),
+  ],
 )
 def test_what_is_computed_again(policy, of_q, of_gate_and_up):
   """Products forward and again; o's and down's for their input's gradient have the same shapes."""

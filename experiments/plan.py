@@ -86,14 +86,14 @@ def text(
     f"{device.memory / 1e9:.0f} GB, of which {100 * USABLE:.0f}% are planned with; "
     f"{host_memory / 1e9:.0f} GB of the host's",
     "",
-    f"{'remat':12}{'peak GB':>9}{'kept':>8}{'working':>9}{'host':>8}  {'fits':6}{'tokens/s':>9}"
+    f"{'remat':14}{'peak GB':>9}{'kept':>8}{'working':>9}{'host':>8}  {'fits':6}{'tokens/s':>9}"
     f"{'step s':>9}{'longest row':>13}{'largest batch':>15}",
   ]
   for row in rows:
     parts, speed, seconds = row["bytes"], row["tokens_per_second"], row["step_seconds"]
     times = f"{'-':>9}{'-':>9}" if seconds is None else f"{speed:9,.0f}{seconds:9.3f}"
     lines.append(
-      f"{row['remat']:12}{row['peak_bytes'] / 1e9:9.2f}{parts['kept'] / 1e9:8.2f}"
+      f"{row['remat']:14}{row['peak_bytes'] / 1e9:9.2f}{parts['kept'] / 1e9:8.2f}"
       f"{parts['working'] / 1e9:9.2f}{parts['host'] / 1e9:8.2f}  "
       f"{'yes' if row['fits'] else 'no':6}{times}{row['longest']:13,}{row['largest_batch']:15,}"
     )

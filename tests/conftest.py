@@ -4,6 +4,7 @@ import atexit
 import gc
 import importlib.metadata
 import os
+import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,15 +17,30 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# LLVM's optimization is a third of the time of a suite that compiles much and computes little. On a
-# CPU it is left out, in the commands that tests start as well, but where a test is marked
-# `optimized`. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the whole suite with it.
-if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
+# The suite compiles much and computes little: on a CPU it leaves out what it can of XLA, in the
+# commands that tests start as well. `XLA_FLAGS= pytest` takes XLA as it comes (.ci/run does, for a
+# few files), and so does a processor that this was not tried on.
+if (
+  os.environ.get("JAX_PLATFORMS", "cpu") == "cpu"
+  and "XLA_FLAGS" not in os.environ
+  and platform.machine() == "x86_64"
+):
+  # LLVM's optimization: a third. Not where a test is marked `optimized`.
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-  # Another two fifths of compiling is MLIR's passes over each fusion. JAX 0.10 has the older
-  # emitters as well, which do without; JAX 0.11 has the new ones alone, and runs the quick part.
-  if importlib.metadata.version("jax").startswith("0.10.") and "XLA_FLAGS" not in os.environ:
-    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+  os.environ["XLA_FLAGS"] = " ".join(
+    [
+      # MLIR's passes over each fusion: two thirds. The older emitters do without; JAX 0.10 and 0.11
+      # name them differently.
+      "--xla_cpu_use_fusion_emitters=false"
+      if importlib.metadata.version("jax").startswith("0.10.")
+      else "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+      # A part for each thread, where programs are small: a quarter.
+      "--xla_cpu_parallel_codegen_split_count=1",
+      # Without instructions that round a product and a sum at once, two programs of one formula
+      # are alike to the bit, however little of them is optimized.
+      "--xla_cpu_max_isa=AVX",
+    ]
+  )
 
 import jax
 import pytest
@@ -54,9 +70,6 @@ _STANDARD = (
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures, which compile too
 def pytest_runtest_setup(item):
-  older = "use_fusion_emitters=false" in os.environ.get("XLA_FLAGS", "")
-  if older and item.get_closest_marker("newer_emitters"):
-    pytest.skip("XLA's older emitters, which the suite takes on JAX 0.10, sum it otherwise")
   disable = _UNOPTIMIZED and item.get_closest_marker("optimized") is None
   if jax.config.read("jax_disable_most_optimizations") != disable:
     jax.config.update("jax_disable_most_optimizations", disable)

@@ -8,9 +8,6 @@ from jax.sharding import PartitionSpec as P
 from qlora_jax import dequantize, lora, quantize, quantized_matmul
 from qlora_jax.linen import Embed, QDense, TiedHead
 
-# Alike to the bit, though LLVM may round a product and a sum at once.
-pytestmark = pytest.mark.optimized
-
 K, N = 40, 24
 
 

@@ -237,7 +237,6 @@ def test_gradients_are_those_of_the_merged_module():
     np.testing.assert_allclose(a, b, rtol=0, atol=5e-4 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.optimized
 def test_no_dense_weight_is_made():
   class Wide(nn.Module):
     @nn.compact

@@ -311,7 +311,6 @@ def test_merge(frozen, dtype):
   )
 
 
-@pytest.mark.optimized
 def test_merge_rounds_once():
   # W + s·A·B = 1 + 2^-9 + 2^-10 rounds up to the next bfloat16, 1 + 2^-7; W, or the product,
   # rounded first would give 1.
@@ -321,7 +320,6 @@ def test_merge_rounds_once():
   assert merged["q"]["kernel"].item() == 1 + 2**-7
 
 
-@pytest.mark.optimized
 def test_merge_without_adapters_dequantizes():
   frozen = packed()
   merged = lora.merge(frozen, {}, {})

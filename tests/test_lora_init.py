@@ -267,13 +267,11 @@ def test_golden(shared, method):
 # The published comparison: 512 × 512, rank 64, relative errors.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("spectrum", "codebook"),
-  [
-    # The other two: tests/experiments/test_quantization_error.py, by whole decompositions.
-    ("gauss", "nf4"),
-    pytest.param("lowrank+gauss", "nf2", marks=pytest.mark.slow),
-  ],
+  # The other two: tests/experiments/test_quantization_error.py, by whole decompositions.
+  [("gauss", "nf4"), ("lowrank+gauss", "nf2")],
 )
 def test_errors_of_the_oracle(shared, spectrum, codebook):
   oracle = json.loads((shared / "reference" / "oracle.json").read_text())["loftq"]

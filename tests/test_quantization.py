@@ -28,9 +28,6 @@ from qlora_jax.quantized_tensor import (
   unpack,
 )
 
-# Alike to the bit, though LLVM may round a product and a sum at once.
-pytestmark = pytest.mark.optimized
-
 TINY = np.float32(2.0**-126)
 
 
@@ -416,7 +413,7 @@ def test_padding_never_reaches_a_value(k):
 
 @pytest.mark.parametrize(
   "k, codebook",
-  [(256, "nf4"), pytest.param(172, "nf3", marks=pytest.mark.newer_emitters)],
+  [(256, "nf4"), (172, "nf3")],
 )
 def test_jit_vmap_and_scan_equal_the_eager_call(k, codebook):
   w = jax.random.normal(jax.random.key(0), (3, k, 16))

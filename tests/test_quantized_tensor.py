@@ -23,9 +23,6 @@ from qlora_jax.quantized_tensor import (
   unpack,
 )
 
-# Alike to the bit, though LLVM may round a product and a sum at once.
-pytestmark = pytest.mark.optimized
-
 BITS = (2, 3, 4, 8)
 # Whole groups, one short of and one past them, fewer rows than planes, odd ones.
 ROWS = st.sampled_from([1, 2, 3, 5, 7, 8, 9, 127, 128, 129, 172, 255, 256, 384])

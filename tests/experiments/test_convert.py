@@ -51,7 +51,6 @@ def logits_of(path, adapter=None, **kwargs) -> Any:
   return jax.jit(model.apply)(variables, tokens)
 
 
-@pytest.mark.optimized
 def test_quantize_is_opened_as_it_was_quantized(directory, tmp_path, capsys):
   out = tmp_path / "packed"
   flags = ("--block_size", 32, "--nested_block_size", 64, "--rotate", "--outlier_fraction", 0.05)

@@ -13,9 +13,6 @@ from qlora_jax.codebooks import dynamic_map
 from qlora_jax.hf.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from qlora_jax.quantized_tensor import FlatQuantizedTensor, restore_scales
 
-# Alike to the bit, though LLVM may round a product and a sum at once.
-pytestmark = pytest.mark.optimized
-
 # bitsandbytes' own tables, by its codes.
 NF4 = codebooks.get("nf4").levels
 FP4 = [level / 12 for level in (0, 0.0625, 8, 12, 4, 6, 2, 3)]

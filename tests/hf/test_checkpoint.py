@@ -23,9 +23,6 @@ from qlora_jax.models.transformer import LayerKind, Transformer, TransformerConf
 from qlora_jax.quantized_tensor import is_quantized
 from tests.hf import peak_memory
 
-# Alike to the bit, though LLVM may round a product and a sum at once.
-pytestmark = pytest.mark.optimized
-
 CONFIG = TransformerConfig(
   vocab_size=40,
   hidden_size=32,
@@ -155,9 +152,7 @@ def test_kernels_are_stored_transposed(saved, base):
     NF4,
     QuantizationConfig(codebook="int4", block_size=32, double_quantization=False),
     # 48 is not a multiple of 32.
-    pytest.param(
-      QuantizationConfig(codebook="nf3", block_size=32), marks=pytest.mark.newer_emitters
-    ),
+    QuantizationConfig(codebook="nf3", block_size=32),
     {"layers/*/mlp/*": NF4, "head": NF4, "embed/*": jnp.bfloat16, "layers/*/attn/o": None},
   ],
 )

@@ -170,7 +170,6 @@ def read_packed(file, name):
   )
 
 
-@pytest.mark.optimized
 def test_base_of_the_bitsandbytes_checkpoint(tiny_llama, golden, packed, imported):
   model, ours = packed
   check(apply(model, imported, golden["input_ids"]), golden["logits_nf4dq"])

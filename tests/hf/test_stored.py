@@ -22,10 +22,6 @@ from qlora_jax.models import families
 from qlora_jax.models.transformer import Transformer
 from tests.hf import peak_memory
 
-# A part is alike to the bit to its like in the whole, though LLVM may round a product and a sum at
-# once. All of them: to go back and forth for every family would compile more.
-pytestmark = pytest.mark.optimized
-
 ROOT = Path(qlora_jax.__file__).parents[1]
 
 COMMON = {

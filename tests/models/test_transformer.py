@@ -219,7 +219,6 @@ def test_init_makes_a_frozen_base_and_nothing_to_train():
   assert float(jnp.abs(q[0] - q[1]).max()) > 0.1  # each layer has its own draw
 
 
-@pytest.mark.optimized
 def test_a_fresh_adapter_changes_not_a_bit():
   frozen, tokens = packed_base(), tokens_of(2, 9)
   params, constants = lora.init(jax.random.key(0), frozen, lora.LoRAConfig())
@@ -229,7 +228,6 @@ def test_a_fresh_adapter_changes_not_a_bit():
   np.testing.assert_array_equal(base, adapted)
 
 
-@pytest.mark.optimized
 def test_a_full_leaf_in_params_takes_the_weights_place():
   dense, tokens = dense_base(CONFIG), tokens_of(1, 9)
   other = jax.tree.map(lambda w: 1.1 * w + 0.05, dense)
@@ -243,7 +241,6 @@ def test_a_full_leaf_in_params_takes_the_weights_place():
     assert float(jnp.abs(ours - apply({"frozen": packed_base()}, tokens)).max()) > 0.01
 
 
-@pytest.mark.optimized
 def test_hidden_then_logits_is_the_model():
   variables, tokens = variables_of(), tokens_of(2, 9)
   apply = compiled()
@@ -549,7 +546,7 @@ def test_impossible_configs(kwargs, message):
 
 def test_unknown_remat_policy():
   model = model_of(remat="half")
-  with pytest.raises(ValueError, match="remat: 'half'; one of offload, full, mlp"):
+  with pytest.raises(ValueError, match="remat: 'half'; one of offload, offload_pairs, full"):
     jax.eval_shape(model.apply, {"frozen": dense_base(CONFIG)}, tokens_of(1, 4))
 
 

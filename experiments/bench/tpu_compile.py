@@ -1,13 +1,15 @@
 """The TPU's kernel as its compiler sees it: memory, schedule, decodes, a whole train step.
 
   python -m experiments.bench.tpu_compile --out tpu.json [--chips v5e,v6e] [--parts specs,decodes]
+    [--cases 16x4096x14336,…] [--without-xla]
 
 Compiled, on any machine where libtpu is installed; nothing runs on a TPU. The parts:
 
   specs    every small case of `matmul.specs`, forward and input gradient: seconds to compile, VMEM.
-  real     Llama-3.1-8B's MLP, of few rows and of many: the same, bundles of a step for 1,024
+  real     Llama 3's projections with 1 to 4,096 rows: the same, bundles of a step for 1,024
            weights, and the compiler's account of cost and memory beside that of XLA's own program:
-           dequantize, then dot.
+           dequantize, then dot. All of them take hours; `--cases` those whose names start so,
+           `--without-xla` the kernel alone.
   decodes  ways to turn codes into levels: bundles, and vector operations, for 1,024 weights.
   steps    a train step of Llama-3.1-8B's shape, 4 × 2048 tokens on 2 × 2 chips (fsdp × tensor),
            with the kernel and with XLA's product: bytes on each chip.
@@ -45,10 +47,6 @@ from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import init_state, make_train_step
 
 PARTS = ("decodes", "real", "specs", "steps")
-# Of the real cases: the other shapes are cut into the same tiles.
-REAL = [
-  spec for spec in specs.REAL if (spec.k, spec.n) == (4096, 14336) and spec.rows[0] in (16, 4096)
-]
 # Bytes of a TensorCore's VMEM, by `pltpu.get_tpu_info_for_chip` of JAX 0.11.2.
 VMEM = {"v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20, "v7x": 64 << 20}
 # Chips that a step of 8B is compiled for, with options of their compiler. v6e's crashes on it while
@@ -61,13 +59,14 @@ BATCH = (4, 2048)
 _WEIGHTS = 1024
 
 
-def measure_spec(chip: str, spec: specs.ArgumentSpec) -> Iterator[dict[str, Any]]:
-  """Forward and input gradient of one case."""
+def measure_spec(
+  chip: str, spec: specs.ArgumentSpec, *, beside_xla: bool = True
+) -> Iterator[dict[str, Any]]:
+  """Forward and input gradient of one case; a real one beside XLA's own program."""
   mesh = tpu_compiler.one_chip(chip)
   x, w = jax.eval_shape(lambda key: (spec.x(key), spec.w(key)), jax.random.key(0))
   g = jax.ShapeDtypeStruct((*spec.rows, spec.n), x.dtype)
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    layout = tpu_tiles.Layout.of(w, tpu_tiles.default_tiles())
+  layout = tpu_tiles.Layout.of(w, tpu_tiles.Tiles())
   weights = layout.k * layout.n / _WEIGHTS
 
   def gradient(product, g, x, w):
@@ -102,7 +101,8 @@ def measure_spec(chip: str, spec: specs.ArgumentSpec) -> Iterator[dict[str, Any]
         for unit, used in schedule.units.items()
       }
       result["tpu"] = analysis(ours)
-      result["xla"] = analysis(compiled("xla"))
+      if beside_xla:
+        result["xla"] = analysis(compiled("xla"))
     yield result
 
 
@@ -157,7 +157,7 @@ def _by_lane(word, first, strip, registers):
 
 
 def _shared(word, first, strip, registers, *, every):
-  """What the kernel does, on v5 for each fourth strip and else for each third."""
+  """What the kernel does, for each fourth strip."""
   way = _by_lane if strip % every == every - 1 else _by_sublane
   return way(word, first, strip, registers)
 
@@ -295,9 +295,15 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--out", type=Path, required=True)
   parser.add_argument("--chips", default=",".join(tpu_compiler.TOPOLOGIES))
   parser.add_argument("--parts", default=",".join(PARTS))
+  parser.add_argument("--cases", default="", help="of specs and real: how their names start")
+  parser.add_argument("--without-xla", action="store_true", help="of real: the kernel alone")
   parser.add_argument("--model", default="llama-8b", help="of the steps")
   arguments = parser.parse_args(argv)
   chips, parts = arguments.chips.split(","), arguments.parts.split(",")
+  starts = tuple(arguments.cases.split(","))
+  for start in starts:
+    if not any(str(spec).startswith(start) for spec in (*specs.REAL, *specs.SMALL)):
+      parser.error(f"--cases: no case starts with {start!r}; one is {specs.REAL[0]}")
   for given, known, what in ((chips, tpu_compiler.TOPOLOGIES, "chips"), (parts, PARTS, "parts")):
     if unknown := set(given) - set(known):
       parser.error(f"--{what}: {', '.join(sorted(unknown))}; there is {', '.join(known)}")
@@ -323,10 +329,10 @@ def main(argv: Sequence[str]) -> int:
     if "decodes" in parts:
       for name in DECODES:
         record("decodes", measure_decode(chip, name))
-    for part, cases in (("real", REAL), ("specs", specs.SMALL)):
+    for part, cases in (("real", specs.REAL), ("specs", specs.SMALL)):
       for spec in cases if part in parts else ():
-        if spec.dtype != "float16":
-          for result in measure_spec(chip, spec):
+        if spec.dtype != "float16" and str(spec).startswith(starts):
+          for result in measure_spec(chip, spec, beside_xla=not arguments.without_xla):
             record(part, result)
     if "steps" in parts and chip in _STEP_OPTIONS:
       for implementation in (None, "xla"):

@@ -99,7 +99,7 @@ class Schedule:
 
   Attributes:
     bundles: of the longest run without a branch, which is the work of a step: what is done at the
-      first or the last step alone is apart.
+      first or the last step alone is apart. Those that only wait count.
     units: what those bundles ask of each unit ("VALU", "XLU", "MATMUL", …), summed.
     slots: how much of each a bundle can hold.
   """
@@ -117,23 +117,39 @@ def schedule(kernel: str) -> Schedule:
   """
   if _folder is None:
     raise RuntimeError("schedule: keep_schedules was not called")
-  name = re.compile(rf"(\d+)-{re.escape(kernel)}(\.\d+)?-\d+-final_hlo-static-per-bundle-util.*")
+  name = re.compile(rf"(\d+)-{re.escape(kernel)}(\.\d+)?-\d+-final_bundles.txt")
   found = {int(m[1]): p for p in _folder.iterdir() if (m := name.fullmatch(p.name))}
   if not found:
     raise RuntimeError(f"schedule: no kernel {kernel!r} among what libtpu wrote")
-  latest = found[max(found)]
-  head, body = latest.read_text().split("== UTILIZATION:")
-  names, sizes = head.splitlines()[1:3]
-  units = [unit.strip() for unit in names.split(",")]
-  rows = np.array([[int(x) for x in line.split()] for line in body.strip().splitlines()])
-  (bundles,) = _folder.glob(f"{max(found)}-{kernel}*-final_bundles.txt")
-  starts = [0, *_branch_targets(bundles.read_text()), len(rows)]
+  prefix = f"{max(found)}-{kernel}"
+  slots, final = _utilization(prefix, "final")
+  starts = [0, *_branch_targets(found[max(found)].read_text()), len(final)]
   first, last = max(itertools.pairwise(starts), key=lambda run: run[1] - run[0])
+  # The final text leaves out bundles that only wait, for a product say: their time is in the table
+  # before it alone. The runs are found there again by what was asked of units till then, those
+  # apart that count as long as they are busy.
+  _, rows = _utilization(prefix, "pre-delay")
+  issued = [i for i, unit in enumerate(slots) if unit not in ("MXU", "XLU")]
+  asked, before = (each[:, issued].sum(1).cumsum() for each in (final, rows))
+  ends = np.searchsorted(before, [asked[first - 1] if first else -1, asked[last - 1]], "right")
+  run = rows[ends[0] : ends[1]].sum(0)
+  if (run[issued] != final[first:last, issued].sum(0)).any():
+    raise RuntimeError(f"schedule: {kernel!r}: another order of bundles than libtpu 0.0.48's")
   return Schedule(
-    bundles=last - first,
-    units=dict(zip(units, rows[first:last].sum(0).tolist(), strict=True)),
-    slots=dict(zip(units, map(int, sizes.split()), strict=True)),
+    bundles=int(ends[1] - ends[0]),
+    units=dict(zip(slots, run.tolist(), strict=True)),
+    slots=slots,
   )
+
+
+def _utilization(prefix: str, stage: str) -> tuple[dict[str, int], np.ndarray]:
+  """How much of each unit a bundle holds, and what each bundle asks of them, `[bundles, units]`."""
+  assert _folder is not None
+  (path,) = _folder.glob(f"{prefix}*-{stage}_hlo-static-per-bundle-utilization.txt")
+  head, body = path.read_text().split("== UTILIZATION:")
+  names, sizes = head.splitlines()[1:3]
+  slots = dict(zip(map(str.strip, names.split(",")), map(int, sizes.split()), strict=True))
+  return slots, np.array([[int(x) for x in line.split()] for line in body.strip().splitlines()])
 
 
 def _branch_targets(text: str) -> list[int]:

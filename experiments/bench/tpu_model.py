@@ -3,11 +3,12 @@
   python -m experiments.bench.tpu_model [--out model.json] [--shapes 4096x14336,…] [--rows 1,16,…]
 
 Three times for each case, of which the longest is the prediction, since the kernel's pipeline runs
-them side by side: bytes at the bandwidth of HBM, products at the peak of the matrix units, and
-decoding at the bundles that a step of the kernel takes with 16 rows (`DECODE_BUNDLES`, as counted
-by `experiments.bench.tpu_compile --parts real`). Beside it the same of a bf16 weight, and of one
-that is dequantized into HBM first: its bytes alone, no time for decoding, so that it is at best
-that. `share` is bf16's time over ours: above 1 the packed product is the faster one.
+them side by side: bytes at the bandwidth of HBM, and products and decoding at the bundles that a
+step of the kernel takes with 1,024 rows and with 16, as `experiments.bench.tpu_compile --parts
+real` counts them. Beside it the same of a bf16 weight, its products at the peak of the matrix
+units, and of one that is dequantized into HBM first: its bytes alone, no time for decoding, so that
+both are at best that. `share` is bf16's time over ours: above 1 the packed product is the faster
+one.
 """
 
 import argparse
@@ -55,8 +56,9 @@ CHIPS = {
   "v7x": Chip(2307e12 / 2, 7380e9 / 2, cores=1, products=2**18),
 }
 
-# For 1,024 weights, 4096 → 14336.
-DECODE_BUNDLES = {"v5e": 2.39, "v5p": 2.39, "v6e": 2.02, "v7x": 2.02}
+# For 1,024 weights, 4096 → 14336, forward: a step with 16 rows, and one with 1,024.
+DECODE_BUNDLES = {"v5e": 2.57, "v5p": 2.57, "v6e": 2.28, "v7x": 2.27}
+PRODUCT_BUNDLES = {"v5e": 16.96, "v5p": 16.96, "v6e": 5.19, "v7x": 5.06}
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192))
 ROWS = (1, 16, 64, 256, 1024, 4096, 8192)
@@ -70,16 +72,17 @@ def predict(chip_name: str, k: int, n: int, rows: int) -> dict[str, Any]:
   chip, tiles = CHIPS[chip_name], Tiles()
   passes = math.ceil(rows / tiles.rows)  # over the weight: each decodes it again
   # Few rows fill as much of a matrix unit as 8 do.
-  products = 2 * max(rows, 8) * k * n / chip.flop_s
-  decoding = passes * k * n / 1024 * DECODE_BUNDLES[chip_name] / (chip.cores * chip.cycles_s)
+  filled = max(rows, 8)
+  peak = 2 * filled * k * n / chip.flop_s
+  bundle = k * n / 1024 / (chip.cores * chip.cycles_s)
   # x again for each tile of N, which is how the grid goes.
   activations = 2 * rows * (k * math.ceil(n / tiles.n) + n)
   ours = {
     "bytes": (passes * k * n * _BYTES_A_WEIGHT + activations) / chip.bytes_s,
-    "products": products,
-    "decoding": decoding,
+    "products": filled / tiles.rows * PRODUCT_BUNDLES[chip_name] * bundle,
+    "decoding": passes * DECODE_BUNDLES[chip_name] * bundle,
   }
-  bf16 = max((2 * k * n + 2 * rows * (k + n)) / chip.bytes_s, products)
+  bf16 = max((2 * k * n + 2 * rows * (k + n)) / chip.bytes_s, peak)
   # Written once and read once.
   through_hbm = (k * n * (_BYTES_A_WEIGHT + 2) / chip.bytes_s) + bf16
   seconds = max(ours.values())

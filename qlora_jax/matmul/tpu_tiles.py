@@ -9,10 +9,12 @@ Two units share the decode. By sublane: a table of 16 levels lies along the 8 su
 registers, the low three bits of a code pick a sublane in each, and the fourth chooses; that is the
 vector unit's work, and of all ways alone takes the fewest bundles of the compiler's schedule, on
 every generation (`python -m experiments.bench.tpu_compile --parts decodes` counts them). By lane:
-the levels lie along one register's lanes, and the permute unit, idle else, picks. Every third or
-fourth strip of 8 rows goes by lane (`Tiles.by_lane`): with 16 rows of x a step takes 2.39 bundles
-for 1,024 weights on v5e in place of 2.55, 2.02 on v6e and TPU7x in place of 2.37. More of them take
-more, the permutes' results being in the way: each second 2.73 and 2.46, three of 8 2.15 on v6e.
+the levels lie along one register's lanes, and the permute unit, idle else, picks. Every fourth
+strip of 8 rows goes by lane: with 16 rows of x a step takes 2.57 bundles for 1,024 weights on v5e
+in place of 2.72, 2.28 on v6e in place of 2.56, 2.27 on TPU7x. More of them take more, the permutes'
+results being waited for, and so do fewer: each third 2.76, 2.30 and 2.32, each fifth 2.67, 2.31 and
+2.32, each second 3.72 on v5e and 3.18 on v6e. (With 1,024 rows each third takes 1% less on v6e, and
+1% more on TPU7x.)
 """
 
 import dataclasses
@@ -26,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qlora_jax import codebooks
-from qlora_jax.matmul import manual_axes, stacked, target
+from qlora_jax.matmul import manual_axes, stacked
 from qlora_jax.quantized_tensor import (
   GROUP,
   NestedScales,
@@ -43,6 +45,8 @@ _SUBLANES, _LANES = 8, 128
 _BYTE_ROWS = 32
 # Rows of K that are multiplied as soon as they are decoded: the depth of the largest matrix unit.
 _CHUNK = 256
+# Every which strip of 16-level codes is looked up by lane: see the counts above.
+_BY_LANE = 4
 # Of VMEM a kernel may take, by libtpu's leave on each generation.
 _VMEM_LIMIT = 48 << 20
 
@@ -54,19 +58,11 @@ class Tiles:
   Attributes:
     rows: of x, or of the output's gradient, that a decoded tile is multiplied by.
     k, n: rows and columns of W.
-    by_lane: every which strip of 16-level codes is looked up by lane.
   """
 
   rows: int = 1024
   k: int = 1024
   n: int = 1024
-  by_lane: int = 3
-
-
-def default_tiles() -> Tiles:
-  """For the device that is traced for."""
-  # The one whose permute unit takes longer: see the counts above.
-  return Tiles(by_lane=4) if target.target()[1].device_kind.startswith("TPU v5") else Tiles()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +78,6 @@ class Layout:
       where those of the weight do not fall on tiles; 0 where each row has its own.
     nested: whether scales come as codes, absmax, offset and map.
     has_zero: whether zero-points come after them.
-    by_lane: as of `Tiles`.
   """
 
   bits: int
@@ -94,7 +89,6 @@ class Layout:
   block: int
   nested: bool
   has_zero: bool
-  by_lane: int
 
   @classmethod
   def of(cls, w: QuantizedTensor, tiles: Tiles) -> "Layout":
@@ -132,7 +126,6 @@ class Layout:
       block=block,
       nested=nested,
       has_zero=w.zero is not None,
-      by_lane=tiles.by_lane,
     )
 
   @property
@@ -160,7 +153,7 @@ def _divisors(size: int, most: int) -> list[int]:
 def product(
   x: jax.Array,
   w: QuantizedTensor,
-  tiles: Tiles | None = None,
+  tiles: Tiles = Tiles(),
   *,
   transposed: bool = False,
   interpret: bool = False,
@@ -171,7 +164,7 @@ def product(
     x: bfloat16 or float32, of any leading axes. Products of float32 are of full precision, unless
       `jax_default_matmul_precision` says otherwise.
     w: of one table; what `tpu.unsupported` says nothing of.
-    tiles: the largest; `default_tiles` where None.
+    tiles: the largest.
     transposed: whether x `[..., N]` is multiplied by the transpose.
     interpret: run the kernel's program as JAX, on any device.
   """
@@ -179,7 +172,7 @@ def product(
   rows = x.reshape(-1, x.shape[-1])
   if not len(rows):
     return jnp.zeros((*x.shape[:-1], k if transposed else n), x.dtype)
-  layout = Layout.of(w, tiles or default_tiles())
+  layout = Layout.of(w, tiles)
   rows = jnp.pad(rows, ((0, 0), (0, -n % _LANES))) if transposed else _split_planes(rows, w, layout)
   if w.stack is not None and (layout.ragged or n % _LANES):
     # The codes are padded ahead of the kernel: those of this layer alone.
@@ -432,7 +425,7 @@ def _decoded_group(group: int, codes, levels, scales, zero, layout: Layout, dtyp
       word = strip(codes, first)
     for j in range(planes(layout.bits)):
       k = group * layout.group + j * layout.plane + row
-      by_lane = layout.bits == 4 and k // _SUBLANES % layout.by_lane == layout.by_lane - 1
+      by_lane = layout.bits == 4 and k // _SUBLANES % _BY_LANE == _BY_LANE - 1
       weight = levels(word, layout.bits, layout.bits * j, by_lane=by_lane)
       if zero is not None:
         weight = weight - _of_strip(zero, k, layout)

@@ -28,9 +28,9 @@ The answer found here (CPU, JAX 0.11.2; held-out loss of 16-bit LoRA 1.324, 1.17
   e2m1 .011 (.003)    int4 .012 (.003)  fp4 .020 (.006)
 
 NF4 is .009 nats above 16-bit LoRA, 1% of what training wins, and three seeds on so small a base do
-not separate them (p = .13). They tell apart, of the codebooks, fp4 and af4 alone, and of the block
-sizes 32 and 64 (.009); the rank they do: 2 from 8 and from 32 at its own rate (.144 and .262).
-configs/ablate_own.py resolves ten times more.
+not separate them (p = .30). Of the codebooks they tell apart fp4 and af4 alone (.014, p = .024), of
+the ranks 2 and 32, each at its own rate (.262, p = 8e-4; 2 and 8, .144, p = .06), and no two block
+sizes. configs/ablate_own.py resolves ten times more.
 """
 
 from configs import quickstart

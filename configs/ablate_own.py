@@ -15,10 +15,10 @@ for 16-bit LoRA over three ranks.
 399 trials: on one H100 (JAX 0.11.2) 60 in 4.5 minutes in one process, and the other 339 in 5.2 in
 six, each with XLA_PYTHON_CLIENT_MEM_FRACTION=0.14: at this size a trial is mostly the host's work.
 The answer found here (experiments/results/ablate_own.md): NF4 is .0072 nats worse than 16-bit LoRA,
-0.4% of what training wins; better than FP4 by .0037, and than INT4 by .0025, which three
-seeds do not separate; the rank matters (.072 from 2 to 8, .017 from 8 to 32), and so do all layers,
-the MLPs most. Weight error predicts the KL before training and the loss after it, and not the loss
-before it.
+0.4% of what training wins; better than FP4 by .0037 and than INT4 by .0025, neither of which three
+seeds separate; the rank matters (.072 from 2 to 8, .017 from 8 to 32), and the MLPs' adapters do,
+without which .128 is lost (.025 without the attention's, not separated). Weight error predicts the
+KL before training and the loss after it, and not the loss before it.
 """
 
 from configs import ablate, own

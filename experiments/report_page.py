@@ -68,10 +68,16 @@ table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabul
 th, td { padding: 3px 9px; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--soft); }
 td { max-width: 34em; } .n { white-space: nowrap; }
+.t { min-width: 15em; } .w { min-width: 24em; }
 th { position: sticky; top: 0; background: Canvas; }
 tr:target { background: #e9b94a55; }
 .ids { font-family: ui-monospace, monospace; font-size: .92em; }
 """
+
+
+def counted(count: int, noun: str) -> str:
+  """`1 trial`, `1,000 trials`."""
+  return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def to_html(title: str, content: Sequence[Section]) -> str:
@@ -114,7 +120,8 @@ def to_html(title: str, content: Sequence[Section]) -> str:
       elif isinstance(block, Plot):
         parts.append(
           f"<figure>{block.svg}<figcaption>{html.escape(block.caption)}</figcaption><details>"
-          f"<summary>{len(block.trials):,} trials behind it</summary>{ids(block.trials)}</details>"
+          f"<summary>{counted(len(block.trials), 'trial')} behind it</summary>{ids(block.trials)}"
+          "</details>"
           "</figure>"
         )
       else:
@@ -142,8 +149,12 @@ def to_html(title: str, content: Sequence[Section]) -> str:
 
 
 def _kind(value: str | Ids) -> str:
-  """Numbers stay on one line."""
-  return ' class="n"' if isinstance(value, str) and re.match(r"[−\-\d]", value) else ""
+  """Numbers stay on one line; on a phone, where all columns are narrow, long texts are less so."""
+  if not isinstance(value, str):
+    return ""
+  if re.match(r"[−\-\d]", value):
+    return ' class="n"'
+  return ' class="w"' if len(value) > 60 else ' class="t"' if len(value) > 20 else ""
 
 
 def _cut(table: Table) -> str:

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from experiments import figures, statistics, sweep_results
-from experiments.report_page import ROWS, Ids, Plot, Section, Table
+from experiments.report_page import ROWS, Ids, Plot, Section, Table, counted
 from experiments.sweep_results import Comparison, Setting, Sweep, Trial, show
 
 # Rows of the table of trials, points and bars of a figure: no more are shown.
 TRIAL_ROWS, _POINTS, _BARS = 1000, 1000, 30
+
+# Trials in a sentence.
+_NAMED = 12
 
 # The paper's block size: where a figure holds a few of many bases, those with it come first.
 _BLOCK_SIZE = 64
@@ -118,7 +121,9 @@ def _state(sweep: Sweep) -> Section:
   counts = collections.Counter(each.status for each in sweep.trials)
   told = ", ".join(f"{count:,} {status}" for status, count in counts.items())
   seeds = sorted({each.seed for each in sweep.finished})
-  blocks: list[str | Table | Plot] = [f"{len(sweep.trials):,} trials: {told}. Seeds: {seeds}."]
+  blocks: list[str | Table | Plot] = [
+    f"{counted(len(sweep.trials), 'trial')}: {told}. Seeds: {seeds}."
+  ]
   if counts["finished"] < len(sweep.trials):
     blocks.append("Not all trials are finished: what follows is of those that are.")
   if len(seeds) == 1:
@@ -133,10 +138,21 @@ def _state(sweep: Sweep) -> Section:
       "each trial's summary.json."
     )
   blocks += sweep.problems
+  worse = [
+    each.id for each in sweep.finished if each.stage["loss_after"] > each.stage["loss_before"]
+  ]
+  if worse:
+    more = f" and {len(worse) - _NAMED:,} more" if len(worse) > _NAMED else ""
+    blocks.append(
+      f"{counted(len(worse), 'finished trial')} ended with a higher held-out loss than before "
+      "training (thrown off rather than trained), which counts in all that follows: "
+      f"{', '.join(worse[:_NAMED])}{more}."
+    )
   if counts["stopped"]:
     blocks.append(
-      f"{counts['stopped']:,} trials were stopped early by successive halving and are in none of "
-      "the tables and figures below but this one: those that ran to their end were chosen by their "
+      f"{counted(counts['stopped'], 'trial')} {'was' if counts['stopped'] == 1 else 'were'} "
+      "stopped early by successive halving, in none of the tables and figures below but this one: "
+      "those that ran to their end were chosen by their "
       "held-out loss, so what is said of them is said of the best."
     )
   bad = [each for each in sweep.trials if each.status in ("failed", "broken", "stopped", "begun")]
@@ -201,18 +217,25 @@ _COMPARED = ("first", "second", "difference", "95% interval", "p, Holm", "seeds"
 
 
 def _compared(comparison: Comparison) -> list[str | Ids]:
-  low_high = comparison.interval
+  low_high, left = comparison.interval, comparison.left_out
   return [
     comparison.first,
     comparison.second,
     _with_error(comparison.difference),
     "–" if low_high is None else f"{low_high[0]:.4f} … {low_high[1]:.4f}",
-    "–" if comparison.corrected is None else f"{comparison.corrected:.2g}",
+    _p(comparison.corrected),
     str(comparison.difference.seeds),
-    str(comparison.settings),
+    str(comparison.settings) + (f" ({counted(left, 'trial')} a side left out)" if left else ""),
     comparison.verdict,
     Ids(comparison.trials),
   ]
+
+
+def _p(corrected: float | None) -> str:
+  if corrected is None:
+    return "–"
+  # `statistics.LEAST_P` stands for all that is less.
+  return f"{corrected:.2g}" if corrected > 1e-9 else "under 1e-9"
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
@@ -248,11 +271,12 @@ def comparison_plot(comparisons: Sequence[Comparison], caption: str, *, both: bo
 
 HOW = (
   "Differences are first less second, trial by trial: same seed, same data, same held-out "
-  "sequences; below 0 the first is better. Intervals: 95%, percentile bootstrap over seeds and "
-  "sequences; of few seeds they are too narrow, so the verdict rests on p: Student's t, with "
-  "Satterthwaite's degrees of freedom for the seeds and the text together, corrected by Holm's "
-  "method for all comparisons of its table, at 5%. “No difference seen” is no proof of equality: "
-  "the interval says what is not ruled out."
+  "sequences; below 0 the first is better. An average is over settings that have the same seeds: "
+  "what lacks one is left out. Intervals: 95%, percentile bootstrap over seeds and sequences; of "
+  "few seeds they are too narrow, so the verdict rests on p: Student's t of the seeds and of the "
+  "text, each with its own degrees of freedom, their squares added, so that at any level no more "
+  "null differences than its share are called; corrected by Holm's method for all comparisons of "
+  "its table, at 5%. “No difference seen” is no proof of equality, of three seeds least of all."
 )
 
 
@@ -415,8 +439,13 @@ def _heatmaps(findings: Findings, row: str, by: str) -> list[str | Table | Plot]
       values[rows.index(r), columns.index(c)] = mean
     maps.append(("" if name is None else f"{short(by)} {show(name)}", values))
   inside = [each for name in names for cell in cells[name].values() for each in cell]
-  others = [each for each in factors if each not in (_RANK, row, by)]
-  caption = f"Held-out loss after training, rank × {short(row)}"
+  along = [each for each in factors if sweep_results.follows(settings, _RANK, each)]
+  others = [
+    each
+    for each in factors
+    if each not in (_RANK, row, by, *along) and len({one.values[each] for one in settings}) > 1
+  ]
+  caption = f"Held-out loss after training, rank{_with(along)} × {short(row)}"
   if others:
     caption += f", mean over {', '.join(others)}"
     sets = {
@@ -433,11 +462,18 @@ def _heatmaps(findings: Findings, row: str, by: str) -> list[str | Table | Plot]
   return [Plot(svg, caption, ids(inside))]
 
 
+def _with(along: Sequence[str]) -> str:
+  """What changes with a field."""
+  return f" (with {', '.join(along)})" if along else ""
+
+
 def _against_rank(findings: Findings) -> list[str | Table | Plot]:
   factors = findings.sweep.factors
   if _RANK not in factors:
     return []
-  along = next((f.along for f in findings.by_factor if f.field == _RANK), [])
+  settings = [each for each in findings.sweep.settings if each.first.quantized]
+  settings = settings or findings.sweep.settings
+  along = [each for each in factors if sweep_results.follows(settings, _RANK, each)]
   series: dict[str, list[Setting]] = collections.defaultdict(list)
   for each in findings.sweep.settings:
     rest = {
@@ -469,8 +505,9 @@ def _against_rank(findings: Findings) -> list[str | Table | Plot]:
       )
     )
   svg = figures.lines(drawn, "rank", "held-out loss, nats", log_x=True)
-  more = f" (with {', '.join(along)})" if along else ""
-  caption = f"Loss against rank{more}; ± one standard error, which is mostly of the shared text."
+  caption = (
+    f"Loss against rank{_with(along)}; ± one standard error, which is mostly of the shared text."
+  )
   caption += _shares(len(kept), len(series), "lines")
   return [Plot(svg, caption, ids(each for name in kept for each in series[name]))]
 
@@ -666,7 +703,7 @@ def _correlation(findings: Findings) -> Section:
       each.where,
       str(len(each.settings)),
       f"{each.rho:.3f}",
-      f"{each.corrected:.2g}",
+      _p(each.corrected),
       "they go together" if each.corrected < sweep_results.ALPHA else "no relation seen",
       Ids(ids(each.settings)),
     ]

@@ -21,6 +21,9 @@ LEVEL = 0.95
 
 _DRAWS = 2000
 
+# The least p that is told: below it 1 − P(|T| < t) is rounding.
+LEAST_P = 1e-12
+
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
@@ -31,12 +34,7 @@ class Ratio:
     error: standard error, of seeds and sequences together; of the sequences alone for one seed;
       nan for one seed and one sequence.
     seeds: S, the number of rows.
-    p: two-sided, of the value being 0, by Student's t; None for one seed. Its degrees of freedom
-      are those of a sum of two variances: S − 1 where the seeds are what varies, up to S + n − 2
-      where the text is as well. (S − 1 throughout finds nothing where the text varies most: of null
-      differences it calls fewer than 1 in 1,000 different at a level of 5%; these call 1 to 6%.)
-      At the levels that a long table asks for they are lenient, of three seeds: at 5% / 81, .06%,
-      they call .01 to 1.4%, the most where the seeds vary much less than the text but not nothing.
+    p: `two_sided`, of the value being 0; None for one seed.
   """
 
   value: float
@@ -54,7 +52,6 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Ratio:
 
   References:
     Cochran, Sampling Techniques, 1977, section 6.4, on the variance of a ratio.
-    Satterthwaite, An approximate distribution of estimates of variance components, 1946.
   """
   numerator, denominator = np.broadcast_arrays(numerator, denominator)
   total = denominator.sum()
@@ -64,15 +61,58 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Ratio:
   variances = [each.size / (each.size - 1) * float(np.square(each).sum()) for each in parts]
   error = math.sqrt(sum(variances)) if variances else math.nan
   seeds = len(numerator)
-  p = None
-  if seeds > 1:
-    # Two equal trials (no adapter saw the difference, say) are no evidence of one.
-    t = value / error if error else math.copysign(math.inf, value) if value else 0.0
-    spread = sum(v**2 / (each.size - 1) for v, each in zip(variances, parts, strict=True))
-    degrees = sum(variances) ** 2 / spread if spread else seeds - 1
-    # Rounded down, to the safe side; but not by what float arithmetic adds to a whole number.
-    p = t_two_sided(t, max(1, math.floor(degrees + 1e-6)))
+  p = two_sided(value, variances, [each.size - 1 for each in parts]) if seeds > 1 else None
   return Ratio(value, error, seeds, p)
+
+
+def two_sided(value: float, variances: Sequence[float], degrees: Sequence[int]) -> float:
+  """p of `value` being 0, whose error is of several parts, each with a variance that was estimated.
+
+  The p that solves value² = Σᵢ vᵢ t²ᵢ(p), t of each part's own degrees of freedom: intervals of the
+  parts, their squares added. Of one part it is Student's t; of more it holds every level, with room
+  where both count. Simulated at 3 seeds and 155 sequences, null
+  differences called different, × the level:
+
+    the seeds' share of the variance    2%     10%    25%    50%    75%    90%    97%
+    level .05                           .86    .60    .48    .49    .64    .80    .93
+    level .05 / 84                      .07    .01    .04    .06    .17    .51    .82
+    .05 / 84, Satterthwaite's degrees   1.0    1.0    1.3    3.6    11     22     21
+
+  The last (one t, with degrees of freedom estimated from the variances) is what stood here before.
+  Student's t of the seeds alone would find nothing where the text varies most.
+
+  Args:
+    value: the estimate.
+    variances: of its independent parts.
+    degrees: of freedom, of each variance.
+
+  Returns:
+    `LEAST_P` where it is smaller, but 0 of a value without any error.
+
+  References:
+    Howe, Approximate confidence limits on the mean of X + Y, 1974.
+  """
+  if not any(variances):
+    # Two equal trials (no adapter saw the difference, say) are no evidence of one.
+    return 0.0 if value else 1.0
+  squares = sum(v * np.square(_quantiles(d)) for v, d in zip(variances, degrees, strict=True))
+  return float(np.exp(np.interp(abs(value), np.sqrt(squares), np.log(_chances()))))
+
+
+def _chances() -> np.ndarray:
+  """`[2001]`, 1 to `LEAST_P`; straight lines between them are off by 1e-5 of p at most."""
+  return np.geomspace(1, LEAST_P, 2001)
+
+
+@functools.lru_cache(maxsize=64)
+def _quantiles(degrees: int) -> np.ndarray:
+  """`[2001]`: what |T| exceeds with each of `_chances`, by bisection of its logarithm."""
+  low, high = np.full(2001, -20.0), np.full(2001, 40.0)
+  for _ in range(45):
+    middle = (low + high) / 2
+    beyond = t_two_sided(np.exp(middle), degrees) > _chances()
+    low, high = np.where(beyond, middle, low), np.where(beyond, high, middle)
+  return np.concatenate([[0.0], np.exp(high[1:])])
 
 
 def bootstrap(
@@ -113,25 +153,25 @@ def _weights(count: int, draws: int, stream: int) -> np.ndarray:
   return generator.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 
 
-def t_two_sided(t: float, degrees: int) -> float:
+def t_two_sided(t: np.ndarray | float, degrees: int) -> np.ndarray:
   """P(|T| ≥ |t|) of Student's t with a whole number of degrees of freedom.
 
   References:
     Abramowitz and Stegun, 1964, equations 26.7.3 and 26.7.4: finite sums in cos² θ,
     tan θ = |t| / √degrees.
   """
-  theta = math.atan2(abs(t), math.sqrt(degrees))
-  cosine2 = math.cos(theta) ** 2
+  theta = np.arctan2(np.abs(t), math.sqrt(degrees))
+  cosine2 = np.square(np.cos(theta))
   odd = degrees % 2
   # 1 + (1/2) c² + (1·3)/(2·4) c⁴ + …; of odd degrees c + (2/3) c³ + (2·4)/(3·5) c⁵ + …
-  term, total = 1.0, 0.0
+  term, total = np.ones_like(theta), np.zeros_like(theta)
   for k in range(degrees // 2):
-    total += term
-    term *= cosine2 * (2 * k + 1 + odd) / (2 * k + 2 + odd)
-  within = math.sin(theta) * total
+    total = total + term
+    term = term * cosine2 * ((2 * k + 1 + odd) / (2 * k + 2 + odd))
+  within = np.sin(theta) * total
   if odd:
-    within = 2 / math.pi * (theta + math.cos(theta) * within)
-  return max(0.0, 1 - within)
+    within = 2 / math.pi * (theta + np.cos(theta) * within)
+  return np.maximum(0.0, 1 - within)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -266,7 +266,7 @@ def read(path: Path, pool: dict[bytes, np.ndarray] | None = None) -> Sweep:
         problems.append(f"bases/{id}.json: {_line(error)}")
   left = _others(path, trials)
   if left:
-    problems.append(f"{left} run directories in trials/ are not in sweep.json: left out")
+    problems.append(f"Run directories in trials/ that are not in sweep.json, left out: {left}")
   finished = [each for each in trials if each.status == "finished"]
   return Sweep(path, name, trials, bases, problems, *_settings(finished))
 
@@ -501,8 +501,10 @@ class Comparison:
     first, second: what is compared.
     difference: the mean over seeds, sequences and settings.
     interval: bootstrap, or None for one seed.
-    settings: how many pairs of settings are averaged, at most: a seed may lack some.
+    settings: how many pairs of settings are averaged, each of which has all the seeds.
     trials: ids of both sides.
+    left_out: how many pairs of trials are not averaged, as theirs or others' settings lack a seed,
+      or have other held-out sequences.
     corrected: Holm's p, over the table that it stands in; None for one seed.
   """
 
@@ -512,6 +514,7 @@ class Comparison:
   interval: tuple[float, float] | None
   settings: int
   trials: list[str]
+  left_out: int = 0
   corrected: float | None = None
 
   @property
@@ -526,37 +529,49 @@ class Comparison:
 
 
 def _compare(first: str, second: str, pairs: Sequence[tuple[Runs, Runs]]) -> Comparison | None:
-  """First less second; each seed's difference is averaged over the pairs that have it.
+  """First less second, averaged over pairs that have the same seeds and held-out sequences.
 
-  Pairs on other held-out sequences than most are left out: a sequence has no counterpart there.
-  None where no pair has a seed in common.
+  Were each seed's mean over the pairs that it has, one that lacks some would be of other settings
+  than the rest, and a difference between settings would pass for one between seeds. So where some
+  pairs lack a seed, it or they are left out: two seeds or more are kept where any pair has them,
+  and else what keeps the most trials. None where no pair has a seed in common.
   """
   matched = [
-    (seed, a[seed], b[seed])
+    {
+      seed: (a[seed], b[seed])
+      for seed in sorted(a.keys() & b.keys())
+      if a[seed][1].targets is b[seed][1].targets
+    }
     for a, b in pairs
-    for seed in a.keys() & b.keys()
-    if a[seed][1].targets is b[seed][1].targets
   ]
-  if not matched:
+  # A setting has one held-out text.
+  texts = [next((a.targets for (_, a), _ in each.values()), None) for each in matched]
+  choices = {
+    (id(text), tuple(each)): i for i, (text, each) in enumerate(zip(texts, matched, strict=True))
+  }
+
+  def averaged(choice: int) -> list[int]:
+    seeds, text = matched[choice].keys(), texts[choice]
+    return [i for i, each in enumerate(matched) if texts[i] is text and seeds <= each.keys()]
+
+  def trials(choice: int) -> tuple[bool, int, int]:
+    seeds = len(matched[choice])
+    return seeds > 1, seeds * len(averaged(choice)), seeds
+
+  best = max(choices.values(), key=trials, default=None)
+  if best is None or (targets := texts[best]) is None:
     return None
-  counts = collections.Counter(id(a.targets) for _, (_, a), _ in matched)
-  most = max(counts, key=counts.__getitem__)
-  differences: dict[int, list[np.ndarray]] = collections.defaultdict(list)
-  trials: dict[str, None] = {}
-  targets = matched[0][1][1].targets
-  for seed, (first_id, a), (second_id, b) in matched:
-    if id(a.targets) == most:
-      targets = a.targets
-      differences[seed].append(a.loss - b.loss)
-      trials |= {first_id: None, second_id: None}
-  mean = np.stack([np.mean(differences[seed], axis=0) for seed in sorted(differences)])
+  seeds, kept = list(matched[best]), [matched[i] for i in averaged(best)]
+  used = [[each[seed] for each in kept] for seed in seeds]
+  mean = np.stack([np.mean([a.loss - b.loss for (_, a), (_, b) in row], axis=0) for row in used])
   return Comparison(
     first,
     second,
     statistics.ratio(mean, targets),
     statistics.bootstrap(mean, targets),
-    settings=max(map(len, differences.values())),
-    trials=list(trials),
+    settings=len(kept),
+    trials=list(dict.fromkeys(id for row in used for pair in row for id, _ in pair)),
+    left_out=sum(map(len, matched)) - len(seeds) * len(kept),
   )
 
 
@@ -611,7 +626,7 @@ def by_factor(sweep: Sweep) -> list[Factor]:
     values = list(dict.fromkeys(each.values[field] for each in settings))
     if len(values) < 2 or any(field in each.along for each in found):
       continue
-    along = [other for other in sweep.factors if _follows(settings, field, other)]
+    along = [other for other in sweep.factors if follows(settings, field, other)]
     if len(values) > MOST_VALUES:
       reason = f"{len(values)} values: more than {MOST_VALUES} are not compared in pairs"
       found.append(Factor(field, along, [], reason))
@@ -623,7 +638,7 @@ def by_factor(sweep: Sweep) -> list[Factor]:
   return found
 
 
-def _follows(settings: Sequence[Setting], field: str, other: str) -> bool:
+def follows(settings: Sequence[Setting], field: str, other: str) -> bool:
   """Whether the value of `other` is known from that of `field`, and varies."""
   known: dict[Any, Any] = {}
   return (

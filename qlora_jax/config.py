@@ -226,7 +226,8 @@ class DataConfig(_Section):
     text_field: key of a JSON line that holds its text.
     prompt_field: key that holds a prompt; with it the loss is on the completion alone.
     completion_field: key that holds the completion; set together with prompt_field.
-    seed: of the generated text and the order of sequences.
+    seed: of the order of sequences; of synthetic text also of the text itself, its held-out part
+      included, so that trials of two such seeds are measured on different texts.
   """
 
   path: str | None = None

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import report, report_sections, sweep_results
+from experiments.report_page import Plot
 from experiments.sweep_results import ReportError
 from qlora_jax.sweeps import cross, grid, zipped
 from tests.experiments import synthetic_sweep
@@ -64,6 +65,7 @@ def test_the_page_stands_alone_and_its_links_lead_somewhere(written):
     assert "currentColor" in svg and "#010203" not in svg
     assert re.search(r'href="#t-[0-9a-f]{12}"', below), "no trial behind a figure"
   assert "color-scheme" in page and "width=device-width" in page
+  assert '<td class="t">no difference seen at 3 seeds</td>' in page  # not a word a line
 
 
 def test_settings(found):
@@ -239,7 +241,7 @@ def test_broken_trials_are_listed(tmp_path):
     "ValueError: \\<b>\\|x\\|" in text and "not JSON" in text and "not 20 finite numbers" in text
   )
   assert "no 'targets'" in text and "config.json" in text
-  assert f"bases/{base.name}" in text and "1 run directories in trials/ are not" in text
+  assert f"bases/{base.name}" in text and "in sweep.json, left out: 1" in text
   page = (path / "report.html").read_text()
   assert "ValueError: &lt;b&gt;|x|" in page and "ValueError: <b>" not in page
 
@@ -326,6 +328,95 @@ def test_a_field_that_an_earlier_version_lacked_has_its_default(tmp_path):
   del config["lora"]["eva_rho"]
   file.write_text(json.dumps(config))
   assert list(sweep_results.read(path).factors) == ["quantization.codebook"]
+
+
+def test_a_seed_is_averaged_over_the_settings_of_the_rest(tmp_path):
+  """8 is better than 2 by .04; by block size the loss does not change, but a seed is missing."""
+  ranks, blocks = {"lora.rank": [2, 8]}, {"quantization.block_size": [16, 32, 64]}
+  trials = synthetic_sweep.resolve(grid({**blocks, **ranks, "seed": range(3)}))
+  lacking = next(
+    each
+    for each in trials
+    if (each.config.seed, each.config.lora.rank, each.config.quantization.block_size) == (1, 8, 32)
+  )
+  synthetic_sweep.write(tmp_path / "s", [each for each in trials if each is not lacking])
+  sweep = sweep_results.read(tmp_path / "s")
+  by_field = {each.field: each.comparisons for each in sweep_results.by_factor(sweep)}
+  (rank,) = by_field["lora.rank"]
+  assert rank.settings == 2 and rank.difference.seeds == 3 and rank.left_out == 2
+  assert len(rank.trials) == 2 * 2 * 3
+  of_32 = {t.id for each in sweep.settings for t in each.trials.values() if _block(each) == 32}
+  assert not of_32 & set(rank.trials)
+  # Of two pairs one lacks a seed: two pairs of two seeds are more than one of three.
+  sizes = by_field["quantization.block_size"]
+  assert [(each.settings, each.difference.seeds, each.left_out) for each in sizes] == [
+    (2, 2, 1),
+    (2, 3, 0),
+    (2, 2, 1),
+  ]
+  assert report.main([str(tmp_path / "s")]) == 0
+  text = (tmp_path / "s" / "report.md").read_text()
+  assert "| 2 (2 trials a side left out) |" in text
+
+
+def _block(setting) -> int:
+  return setting.first.config["quantization.block_size"]
+
+
+def test_of_two_settings_with_other_seeds_each_one_is_compared():
+  targets, runs = np.ones(4), {}
+  for name, seeds in {"a": (0, 1), "b": (0, 2), "c": (1,)}.items():
+    for side in (0.0, 1.0):
+      runs[name, side] = {
+        seed: (f"{name}{side}{seed}", sweep_results.Measured(targets, side + np.ones(4), None))
+        for seed in seeds
+      }
+  pairs = [(runs[name, 0.0], runs[name, 1.0]) for name in "abc"]
+  found = sweep_results._compare("first", "second", pairs)
+  assert found is not None and found.difference.value == -1
+  assert (found.settings, found.difference.seeds, found.left_out) == (1, 2, 3)
+  assert sweep_results._compare("first", "second", [(pairs[0][0], pairs[2][1])]) is not None
+  assert sweep_results._compare("first", "second", [(pairs[1][0], pairs[2][1])]) is None
+
+
+def test_a_heatmap_s_mean_is_of_what_the_rank_does_not_tell(tmp_path):
+  ranks = zipped(
+    {
+      "lora.rank": [2, 8],
+      "lora.alpha": [4.0, 16.0],
+      "optimizer.learning_rate": [2e-2, 5e-3],
+    }
+  )
+  bases = {**BASES, "lora.dropout": [0.0, 0.1]}
+  trials = synthetic_sweep.resolve(cross(grid(bases), ranks, grid({"seed": [0]})))
+
+  def caption(name: str, finished: int | None) -> str:
+    synthetic_sweep.write(tmp_path / name, trials, finished=finished)
+    findings = report_sections.Findings(sweep_results.read(tmp_path / name))
+    (plot,) = report_sections._heatmaps(
+      findings, "quantization.block_size", "quantization.codebook"
+    )
+    assert isinstance(plot, Plot)
+    return plot.caption
+
+  told = "rank (with lora.alpha, optimizer.learning_rate) × block_size, mean over lora.dropout"
+  assert caption("whole", None) == f"Held-out loss after training, {told}."
+  # A cell that lacks a value of what is averaged over is warned of.
+  assert "not the same ones in all cells" in caption("part", len(trials) - 1)
+
+
+def test_trials_that_were_thrown_off_are_named(tmp_path, monkeypatch):
+  small(tmp_path / "s")
+  assert report.main([str(tmp_path / "s")]) == 0
+  assert "thrown off" not in (tmp_path / "s" / "report.md").read_text()
+  monkeypatch.setattr(synthetic_sweep, "TUNED", synthetic_sweep.BEFORE - 0.1)
+  trials = sweep_results.read(small(tmp_path / "t", seeds=(0,))).trials
+  assert report.main([str(tmp_path / "t")]) == 0
+  worse = [each.id for each in trials if each.stage["loss_after"] > each.stage["loss_before"]]
+  assert 0 < len(worse) < len(trials)
+  lines = (tmp_path / "t" / "report.md").read_text().splitlines()
+  (line,) = [each for each in lines if "thrown off" in each]
+  assert re.findall(r"[0-9a-f]{12}", line) == worse
 
 
 def test_too_many_values_are_not_compared_in_pairs(tmp_path):

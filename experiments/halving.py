@@ -14,7 +14,8 @@ can be compared in pairs. 16-bit LoRA beside QLoRA is what others are compared w
 A trial that was stopped has `stopped.json`, with its loss and its place; the listing, the outcome
 and the report name it, and it is in no table of results. It is not finished: the sweep run without
 halving goes on with it from its checkpoint. Groups of trials are made anew from those that are left
-at a rung, where all have saved, so nothing changes in a program that runs.
+at a rung, where all have saved, so nothing changes in a program that runs. Of several processes
+each waits at a rung until the others' trials have come there, and all decide the same.
 
 References:
   Jamieson and Talwalkar, Non-stochastic best arm identification and hyperparameter optimization,
@@ -136,15 +137,27 @@ FILE = "stopped.json"
 
 
 def stopped_at(directory: Path) -> int:
-  """The step at which a trial was stopped; 0 where it was not."""
-  found = stopped(directory)
+  """The step at which a trial was stopped; 0 where it was not, or where that cannot be read.
+
+  What was torn is then decided again, from the losses, and written whole.
+  """
+  try:
+    found = stopped(directory)
+  except ValueError:
+    return 0
   return 0 if found is None else found["step"]
 
 
 def stopped(directory: Path) -> dict[str, Any] | None:
-  """What stopped a trial: step, loss, place; None where nothing did."""
-  path = directory / FILE
-  return read_json(path) if path.exists() else None
+  """What stopped a trial: step, loss, place; None where nothing did.
+
+  Raises:
+    ValueError: the file is torn.
+  """
+  try:
+    return read_json(directory / FILE)
+  except FileNotFoundError:
+    return None
 
 
 def described(found: dict[str, Any]) -> str:
@@ -157,10 +170,11 @@ def described(found: dict[str, Any]) -> str:
 
 
 def _loss(directory: Path, step: int) -> float:
-  """Held-out, at `step`; infinite where a trial did not come so far."""
-  if not (directory / metrics.METRICS_FILE).exists():
+  """Held-out, at `step`; infinite where a trial did not come so far, or its losses are torn."""
+  try:
+    lines = metrics.read(directory)
+  except (FileNotFoundError, ValueError):  # what is torn fails, with that, when it goes on
     return math.inf
-  lines = metrics.read(directory)
   found = [
     line["held_out_loss"] for line in lines if line["step"] == step and "held_out_loss" in line
   ]

@@ -16,16 +16,18 @@ with a group size above one, those that one program serves train together
 (experiments/trial_group.py).
 Any number of processes may work on one directory: a lock that the kernel drops when its process
 ends, however it ends, gives each trial to one of them. A trial that failed is tried again when the
-command is given again.
+command is given again; one whose files are damaged has failed too, and the others go on.
 """
 
+import collections
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import itertools
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ import tqdm
 from experiments import analysis, halving, trial, trial_group
 from qlora_jax import config as config_lib
 from qlora_jax import data, sweeps
-from qlora_jax.config import ConfigError, ExperimentConfig
+from qlora_jax.config import ExperimentConfig
 from qlora_jax.hf import checkpoint as hf_checkpoint
 from qlora_jax.hf.files import read_json
 from qlora_jax.models.transformer import Transformer
@@ -44,6 +46,9 @@ from qlora_jax.train import Interrupted, Paused, SignalGuard, TrainState
 
 # Of a Ray worker that died (a machine was taken away). A trial that raised would raise again.
 RAY_RETRIES = 3
+
+# Seconds between two looks at trials of a rung that other processes are at work on.
+_POLL = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Directory:
   """
 
   path: Path
-  _is_of_now: dict[str, bool] = dataclasses.field(
+  _is_done: dict[str, tuple[list[int], bool]] = dataclasses.field(
     default_factory=dict, init=False, repr=False, compare=False
   )
 
@@ -77,6 +82,19 @@ class Directory:
     folder.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(folder / f"{id}.lock")
 
+  def running(self, id: str) -> bool:
+    """Whether a process is at work on a trial; for those who only look, and make nothing."""
+    try:
+      file = open(self.path / "locks" / f"{id}.lock", "rb")
+    except FileNotFoundError:
+      return False
+    with file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+      except OSError:
+        return True
+    return False
+
   def finished(self, id: str) -> bool:
     """Whether a trial has its summary."""
     return (self.trial(id) / "summary.json").exists()
@@ -85,22 +103,61 @@ class Directory:
     """Whether a trial is finished, and with the config that its id stands for now.
 
     A version that changes a default leaves the id as it was. Such a trial is run, and fails in
-    `trial.prepare_directory`, which names the fields.
+    `trial.prepare_directory`, which names the fields. So is one whose config cannot be read; a
+    summary that cannot is written again.
     """
-    if not self.finished(one.id):
+    config, summary = (self.trial(one.id) / name for name in ("config.json", "summary.json"))
+    try:
+      written = [path.stat().st_mtime_ns for path in (config, summary)]
+    except FileNotFoundError:
       return False
-    if one.id not in self._is_of_now:  # read once: `done` is asked of all trials after each one
+    # Read once: `done` is asked of all trials after each one.
+    if one.id not in self._is_done or self._is_done[one.id][0] != written:
       try:
-        before = config_lib.from_json_dict(read_json(self.trial(one.id) / "config.json"))
-        self._is_of_now[one.id] = before == one.config
-      except ConfigError:  # a field that is no more
-        self._is_of_now[one.id] = False
-    return self._is_of_now[one.id]
+        read_json(summary)
+        found = config_lib.from_json_dict(read_json(config)) == one.config
+      except (OSError, ValueError):  # torn, or a field that is no more
+        found = False
+      self._is_done[one.id] = written, found
+    return self._is_done[one.id][1]
+
+  def clear(self, id: str) -> None:
+    """Ahead of a trial's run, under its lock: how it ended before counts no more."""
+    self.error(id).unlink(missing_ok=True)
+    (self.trial(id) / halving.FILE).unlink(missing_ok=True)
+    summary = self.trial(id) / "summary.json"
+    try:
+      read_json(summary)
+    except FileNotFoundError:
+      pass
+    except ValueError:
+      summary.unlink()
+
+  def failure(self, id: str) -> str | None:
+    """Why a trial failed, in one line; None where it did not."""
+    try:
+      return str(read_json(self.error(id))["error"])
+    except FileNotFoundError:
+      return None
+    except (ValueError, KeyError):
+      return f"{self.error(id)}: cannot be read"
+
+  def damage(self, id: str) -> str | None:
+    """Which file of a trial's cannot be read, and why, in one line; None where all can."""
+    path = self.trial(id)
+    for name in ("config.json", "summary.json", halving.FILE):
+      try:
+        read_json(path / name)
+      except FileNotFoundError:
+        if name == "config.json" and self.finished(id):
+          return f"{path}: holds summary.json but no config.json"
+      except (OSError, ValueError) as error:
+        return " ".join(str(error).split())
+    return None
 
   def settled(self, one: Trial, failed_before: dict[str, int]) -> bool:
     """Whether a trial is done, or has failed since `failed_before` was taken."""
-    failed = self._failed_at(one.id)
-    return self.done(one) or (failed is not None and failed != failed_before.get(one.id))
+    return self.done(one) or one.id in self.failures([one], failed_before)
 
   def stands_at(self, one: Trial, until: int | None, keep: int | None) -> bool:
     """Whether a trial has no more to do up to step `until`: it is there, or was stopped."""
@@ -109,16 +166,23 @@ class Directory:
       return True
     return until is not None and trial.saved_step(path) >= until
 
-  def failures(self, trials: Sequence[Trial]) -> dict[str, int]:
-    """Id → when it failed, for each trial that did, in nanoseconds since 1970."""
-    found = {each.id: self._failed_at(each.id) for each in trials}
-    return {id: at for id, at in found.items() if at is not None}
+  def through(
+    self, one: Trial, failed_before: dict[str, int], until: int | None, keep: int | None
+  ) -> bool:
+    """Whether there is nothing to be done of a trial up to step `until`."""
+    return self.settled(one, failed_before) or self.stands_at(one, until, keep)
 
-  def _failed_at(self, id: str) -> int | None:
-    try:
-      return self.error(id).stat().st_mtime_ns
-    except FileNotFoundError:
-      return None
+  def failures(
+    self, trials: Sequence[Trial], before: Mapping[str, int] | None = None
+  ) -> dict[str, int]:
+    """Id → when it failed, in nanoseconds since 1970, of each trial that did since `before`."""
+    found = {}
+    for each in trials:
+      with contextlib.suppress(FileNotFoundError):
+        at = self.error(each.id).stat().st_mtime_ns
+        if before is None or before.get(each.id) != at:
+          found[each.id] = at
+    return found
 
 
 def prepare(name: str, trials: Sequence[Trial], workdir: Path) -> Directory:
@@ -164,24 +228,41 @@ def by_base(trials: Sequence[Trial]) -> list[list[Trial]]:
   return list(groups.values())
 
 
+def _sharing(count: int) -> str:
+  return "1 trial has" if count == 1 else f"{count} trials share"
+
+
 def listing(name: str, trials: Sequence[Trial], workdir: Path) -> str:
   """Names the trials, how each stands in `workdir`, and what they share; makes nothing."""
   directory, groups = Directory(workdir), by_base(trials)
-  failed = directory.failures(trials)
-  finished = {each.id for each in trials if directory.done(each)}
+  states: dict[str, str] = {}
+  notes: dict[str, str] = {}
+  for each in trials:
+    if directory.done(each):
+      states[each.id] = "finished"
+      continue
+    path = directory.trial(each.id)
+    if directory.running(each.id):
+      states[each.id] = "running"
+    elif error := directory.failure(each.id) or directory.damage(each.id):
+      states[each.id], notes[each.id] = "failed", f"; {error}"
+      continue
+    elif found := halving.stopped(path):
+      notes[each.id] = f"; {halving.described(found)}"
+      continue
+    if step := trial.saved_step(path):
+      notes[each.id] = f"; at step {step}"
+  count = collections.Counter(states.values())
   lines = [
-    f"{name}: {len(trials)} trials on {len(groups)} bases; {len(finished)} finished, "
-    f"{len(failed.keys() - finished)} failed in {workdir}"
+    f"{name}: {len(trials)} trials on {len(groups)} base{'s' * (len(groups) > 1)}; "
+    f"{count['finished']} finished, {count['failed']} failed, {count['running']} running "
+    f"in {workdir}"
   ]
   for group in groups:
-    lines += ["", f"{_base(group[0].config)}: {len(group)} trials share the base"]
+    lines += ["", f"{_base(group[0].config)}: {_sharing(len(group))} the base"]
     for each in group:
-      state = "finished" if each.id in finished else "failed" if each.id in failed else ""
-      stopped = halving.stopped(directory.trial(each.id))
-      told = (
-        each.label if state or stopped is None else f"{each.label}; {halving.described(stopped)}"
-      )
-      lines.append(f"{each.index:5}  {each.id}  {state:8}  {told}")
+      state, note = states.get(each.id, ""), notes.get(each.id, "")
+      lines.append(f"{each.index:5}  {each.id}  {state:8}  {each.label}{note}")
   return "\n".join(lines)
 
 
@@ -272,13 +353,20 @@ def run(
   directory = prepare(name, trials, workdir)
   chosen = list(trials) if index is None else [trials[index]]
   before = directory.failures(chosen)
-  shared, progress = trial.Shared(), _Progress(name, directory, chosen, keep)
+  shared, progress = trial.Shared(), _Progress(name, directory, chosen, before, keep)
   size = trial_group.default_size() if group_size is None else group_size
   waiting: list[Trial] = []
   for until in (*rungs, None):
     waiting = [each for each in chosen if not directory.stands_at(each, until, keep)]
-    # Twice: what another process was at work on may have been dropped by it meanwhile.
-    for _ in range(2):
+    # Again: what another process was at work on may have been dropped by it meanwhile. At a rung
+    # until all have come there, since losses are compared.
+    for attempt in itertools.count():
+      if not waiting or (until is None and attempt == 2):
+        break
+      if attempt == 2:
+        print(f"{name}: step {until}: waits for {len(waiting)} with other processes", flush=True)
+      if attempt >= 2:
+        time.sleep(_POLL)
       busy: list[Trial] = []
       for group in groups(directory, waiting, size):
         with contextlib.ExitStack() as locks:
@@ -287,17 +375,14 @@ def run(
             for each in group
             if locks.enter_context(_ours(directory, each, before, until, keep))
           ]
-          busy += [
-            each for each in group if each not in ours and not directory.settled(each, before)
-          ]
+          busy += [each for each in group if each not in ours]
           if ours:
-            progress.starts(ours, sum(not directory.settled(each, before) for each in busy))
+            elsewhere = sum(not directory.through(each, before, until, keep) for each in busy)
+            progress.starts(ours, elsewhere)
             run_group(directory, ours, shared, size, until)
             progress.ended(ours)
-      waiting = [each for each in busy if not directory.stands_at(each, until, keep)]
+      waiting = [each for each in busy if not directory.through(each, before, until, keep)]
     if until is not None and keep is not None:
-      if waiting:  # whoever is last decides
-        break
       stopped = halving.decide(chosen, directory.trial, until, keep)
       print(f"{name}: step {until}: {len(stopped)} trials stopped early", flush=True)
   return outcome(directory, chosen, waiting)
@@ -308,9 +393,9 @@ def outcome(directory: Directory, trials: Sequence[Trial], elsewhere: list[Trial
   finished = {each.id for each in trials if directory.done(each)}
   skipped = finished | {each.id for each in elsewhere}
   failed = [
-    (each, read_json(directory.error(each.id))["error"])
+    (each, error)
     for each in trials
-    if each.id not in skipped and directory.error(each.id).exists()
+    if each.id not in skipped and (error := directory.failure(each.id)) is not None
   ]
   settled = skipped | {each.id for each, _ in failed}
   stopped = [
@@ -329,8 +414,8 @@ def _ours(
   until: int | None = None,
   keep: int | None = None,
 ) -> Iterator[bool]:
-  """Holds a trial's lock; gives whether it is to be run: not settled, and no other process's."""
-  if directory.settled(one, failed_before):
+  """Holds a trial's lock; gives whether it is to be run: not through, and no other process's."""
+  if directory.through(one, failed_before, until, keep):
     yield False
     return
   with contextlib.ExitStack() as stack:
@@ -340,7 +425,7 @@ def _ours(
       yield False
       return
     # Looked at again under the lock: another process may be through with it by now.
-    yield not (directory.settled(one, failed_before) or directory.stands_at(one, until, keep))
+    yield not directory.through(one, failed_before, until, keep)
 
 
 def run_trial(
@@ -351,10 +436,8 @@ def run_trial(
   With `until` it pauses at that step, saved.
   """
   path = directory.trial(one.id)
-  error = directory.error(one.id)
-  error.unlink(missing_ok=True)
-  (path / halving.FILE).unlink(missing_ok=True)
   try:
+    directory.clear(one.id)
     trial.prepare_directory(path, one.config)
     with _log(path / "log.txt"):
       trial.run(one.config, path, shared, _measure(directory, shared), until)
@@ -363,7 +446,7 @@ def run_trial(
   except Paused:
     pass
   except Exception as reason:
-    trial.write_json(error, _described(reason))
+    trial.write_json(directory.error(one.id), _described(reason))
 
 
 def run_group(
@@ -381,10 +464,9 @@ def run_group(
   with contextlib.ExitStack() as logs:
     started = []
     for one in trials:
-      directory.error(one.id).unlink(missing_ok=True)
       path = directory.trial(one.id)
-      (path / halving.FILE).unlink(missing_ok=True)
       try:
+        directory.clear(one.id)
         # Before its log is there: a directory with files and no config is refused.
         trial.prepare_directory(path, one.config)
       except Exception as reason:
@@ -450,9 +532,15 @@ class _Progress:
   """A line a trial: how many are done, running, failed, the time left, and what it came to."""
 
   def __init__(
-    self, name: str, directory: Directory, trials: Sequence[Trial], keep: int | None = None
+    self,
+    name: str,
+    directory: Directory,
+    trials: Sequence[Trial],
+    failed_before: dict[str, int],
+    keep: int | None = None,
   ):
     self._name, self._directory, self._trials, self._keep = name, directory, trials, keep
+    self._failed_before = failed_before
     self._started, self._first = time.monotonic(), self._done()
 
   def _done(self) -> int:
@@ -481,7 +569,9 @@ class _Progress:
     return f"trial {one.index} ({one.label})"
 
   def _line(self, running: int) -> str:
-    done, failed = self._done(), len(self._directory.failures(self._trials))
+    done = self._done()
+    # Those of before are tried again.
+    failed = len(self._directory.failures(self._trials, self._failed_before))
     stopped = 0
     if self._keep is not None:
       stopped = sum(halving.stopped_at(self._directory.trial(each.id)) > 0 for each in self._trials)
@@ -500,8 +590,8 @@ class _Progress:
       summary = read_json(self._directory.trial(one.id) / "summary.json")
       stage = summary["qlora"] or summary["lora_16bit"]
       return f"held-out loss {stage['loss_before']:.4f}, after {stage['loss_after']:.4f}"
-    if self._directory.error(one.id).exists():
-      return read_json(self._directory.error(one.id))["error"]
+    if error := self._directory.failure(one.id):
+      return error
     if step := trial.saved_step(self._directory.trial(one.id)):
       return f"at step {step}"
     return "with another process"
@@ -549,7 +639,7 @@ def run_on_ray(
       remote.remote(directory.path, group, before, size): group
       for group in groups(directory, undone, size)
     }
-    progress, elsewhere = _Progress(name, directory, trials), []
+    progress, elsewhere = _Progress(name, directory, trials, before), []
     try:
       while waiting:
         (first, *_), _ = ray.wait(list(waiting), num_returns=1)

@@ -245,7 +245,8 @@ def load_rows(config: ExperimentConfig, base: Path, vocab_size: int) -> Rows:
 class Stage:
   """What one training gave: losses, sizes in bytes, what computed it, what `measure` found.
 
-  `trials_together`: [step, trials] of each group that it was in, from that step on; none: alone.
+  `trials_together`: [step, trials, largest rank, to which all are padded] of each group that it was
+  in, from that step on; none: alone. (The rank is null of a group that an older version ran.)
   """
 
   loss_before: float
@@ -257,7 +258,7 @@ class Stage:
   trained_parameters: int
   seconds_this_process: float
   implementations: dict[str, Any]
-  trials_together: list[list[int]]
+  trials_together: list[list[int | None]]
   measured: dict[str, Any] | None
 
 
@@ -400,7 +401,7 @@ def run_stage(
     seconds_this_process=time.monotonic() - started,
     implementations=_implementations(config, model, frozen),
     trials_together=[
-      [line["step"], line["trials_together"]]
+      [line["step"], line["trials_together"], line.get("padded_rank")]
       for line in metrics.read(directory)
       if "trials_together" in line
     ],

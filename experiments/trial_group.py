@@ -12,7 +12,7 @@ A trial that fails, or whose loss is not finite, leaves the group, and so does o
 of the others because it was stopped later. Its place in the program stays, masked, and the others
 do not notice: a program of another size would be another one to compile, and would round otherwise.
 Groups are made anew only from checkpoints (a later rung of halving, or the command given again);
-a trial's summary says in which ones it was (`trials_together`).
+a trial's summary says in which ones it was, and of which rank (`trials_together`).
 """
 
 import contextlib
@@ -134,11 +134,15 @@ def _program(training: Training) -> Hashable:
 
 def _train(members: Sequence[_Member], size: int, shared: Shared, guard: SignalGuard) -> None:
   """Trains the first of `members`, as many as fit in one program, and lets them go on."""
+  program = _program(_trainings(members)[0])
+  # What did not fit is not compiled again for those that come after.
+  sizes: dict[Hashable, int] = shared.once("group_sizes", None, dict)
   # Of like sizes, so that they are one program: 9 trials in threes rather than in fours and one.
-  count = -(-len(members) // -(-len(members) // size))
+  count = _largest_part(len(members), min(size, sizes.get(program, size)))
   try:
     while count > 1 and not _fits(members[:count], shared):
-      count = (count + 1) // 2
+      sizes[program] = (count + 1) // 2
+      count = _largest_part(len(members), sizes[program])
     with guard:
       train = _train_alone if count == 1 else _train_together
       ended = train(members[:count], shared)
@@ -151,6 +155,11 @@ def _train(members: Sequence[_Member], size: int, shared: Shared, guard: SignalG
     return
   for member, state in ended:
     member.go(state)
+
+
+def _largest_part(count: int, most: int) -> int:
+  """Of `count` in equal parts of at most `most`, the larger ones where they differ by one."""
+  return -(-count // -(-count // most))
 
 
 def _train_alone(members: Sequence[_Member], shared: Shared) -> list[tuple[_Member, TrainState]]:
@@ -206,9 +215,11 @@ def _fits(members: Sequence[_Member], shared: Shared) -> bool:
   rates = jax.ShapeDtypeStruct((count, train.steps), jnp.float32)
   learning = jax.ShapeDtypeStruct((count,), jnp.bool_)
   arguments = (states, rates, learning, first.frozen, batch)
-  compiled = _step(first, shared).lower(*arguments).compile()  # pyright: ignore
-  needed = memory.step_bytes(compiled)
   available = memory.available_bytes(first.frozen)
+  needed = memory.compiled_bytes(_step(first, shared), *arguments)
+  if needed is None:
+    print(f"{count} trials together: more than the compiler had, of {available / 1e9:.2f} GB")
+    return False
   print(f"{count} trials together: {needed / 1e9:.2f} GB, of {available / 1e9:.2f} GB")
   return needed <= available
 
@@ -247,15 +258,17 @@ def _train_together(members: Sequence[_Member], shared: Shared) -> list[tuple[_M
         batches[i] = take()
       return
     except StopIteration:
-      ended[i] = trial_groups.unstack(states, i, likes[i])
+      # To the host: all of a group may end at once, and the stack is there until they have.
+      ended[i] = jax.device_get(trial_groups.unstack(states, i, likes[i]))
     except Interrupted as error:
       stopped = error  # once each of the others has saved too
     except Exception as error:
       members[i].fail(error)
     learning.discard(i)
 
+  group = {"trials_together": len(members), "padded_rank": trial_groups.rank(wide)}
   for i, training in enumerate(trainings):
-    training.writer.write(int(training.state.step), {"trials_together": len(members)})
+    training.writer.write(int(training.state.step), group)
     advance(i, functools.partial(next, training.loop))
   while learning:
     # One that has left is given what another one learns from.

@@ -111,7 +111,8 @@ def fastest_remat(
 ) -> tuple[RematPolicy, dict[RematPolicy, int]]:
   """The policy that computes least again of those whose step fits, by the compiler's own account.
 
-  Policies are compiled from "elementwise" on, until one fits; those that cannot are left out.
+  Policies are compiled from "elementwise" on, until one fits; those that cannot are left out. One
+  that the compiler itself runs out of memory on does not fit, and has no bytes.
 
   Args:
     make_step: the jitted step of a policy.
@@ -126,17 +127,35 @@ def fastest_remat(
     ValueError: none fits; the message has each one's bytes.
   """
   needed: dict[RematPolicy, int] = {}
+  tried = []
   for policy in _BY_SPEED:
     if expected[policy] > _HOPELESS * available and policy != _BY_SPEED[-1]:
       continue
-    needed[policy] = step_bytes(make_step(policy).lower(*arguments).compile())
-    if needed[policy] <= available:
+    size = compiled_bytes(make_step(policy), *arguments)
+    if size is None:
+      tried.append(f"{policy} more than the compiler had")
+      continue
+    needed[policy] = size
+    if size <= available:
       return policy, needed
-  sizes = ", ".join(f"{policy} {size / 1e9:.2f} GB" for policy, size in needed.items())
+    tried.append(f"{policy} {size / 1e9:.2f} GB")
   raise ValueError(
-    f"remat: no policy fits in {available / 1e9:.2f} GB ({sizes}); lower train.batch_size, "
-    "data.seq_len or train.loss_chunk, or set model.mlp_chunk"
+    f"remat: no policy fits in {available / 1e9:.2f} GB ({', '.join(tried)}); lower "
+    "train.batch_size, data.seq_len or train.loss_chunk, or set model.mlp_chunk"
   )
+
+
+def compiled_bytes(step: Any, *arguments: Any) -> int | None:
+  """`step_bytes` of a jitted step, compiled for `arguments`; None: its compiler ran out of memory.
+
+  A compiler may place what it compiles (on a TPU), or time kernels on the device (on a GPU).
+  """
+  try:
+    return step_bytes(step.lower(*arguments).compile())
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return None
 
 
 def step_bytes(compiled: Any) -> int:

@@ -184,7 +184,9 @@ def resolve(
     if name in found:
       other = found[name]
       raise ConfigError(
-        f"{where} is trial {other.index} ({other.label}) again: the resolved configs are equal"
+        f"{where} is trial {other.index} ({other.label}) again: the resolved configs are equal; "
+        "leave one out (`draw` may take a `choice` twice: `grid` takes each once, and values of "
+        "`uniform` and `log_uniform` do not repeat)"
       )
     found[name] = Trial(name, index, own, dataclasses.replace(config, name=name))
   if not found:

@@ -100,6 +100,12 @@ def widest(
   )
 
 
+def rank(wide: TrainState) -> int:
+  """The largest rank of the adapters of `wide`, from `widest`; 0 without any."""
+  leaves = tree_paths.leaves(wide).items()
+  return max((leaf.shape[-1] for path, leaf in leaves if path.endswith("/lora_a")), default=0)
+
+
 def stack(states: Sequence[TrainState], wide: TrainState) -> TrainState:
   """The states as one, padded with zeros to the shapes of `wide`, with an axis of trials.
 

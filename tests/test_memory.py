@@ -138,6 +138,26 @@ def test_the_fastest_policy_that_fits(available, policy):
   assert available != 409 or tried == ["elementwise", "mlp"]
 
 
+class RunsOut(Compiled):
+  """A step whose compiler fails."""
+
+  def __init__(self, message):
+    self.message = message
+
+  def compile(self):
+    raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_what_the_compiler_runs_out_on_does_not_fit():
+  exhausted = RunsOut("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
+  steps = {"elementwise": exhausted, "mlp": exhausted, "full": Compiled(90)}
+  assert memory.fastest_remat(steps.__getitem__, (), 10000, EXPECTED) == ("full", {"full": 200})
+  with pytest.raises(ValueError, match=r"\(elementwise more than the compiler had, mlp more"):
+    memory.fastest_remat(lambda _: exhausted, (), 10000, EXPECTED)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    memory.fastest_remat(lambda _: RunsOut("INTERNAL: a bug"), (), 10000, EXPECTED)
+
+
 def test_no_policy_fits():
   with pytest.raises(ValueError, match=r"no policy fits in 0.00 GB \(offload.*batch_size"):
     memory.fastest_remat(lambda name: Compiled(NEEDED[name]), (), 100, EXPECTED)

@@ -6,7 +6,8 @@ its end and with halving, for each seed; work is optimizer steps, over all trial
   python -m experiments.bench.halving --config configs/ablate.py --workdir runs/halving
 
 `--seeds=0` and `--only=full` (or halved) run a part of it; parts share the directory, and the table
-is of what is there.
+is of what is there. Its seconds are those of the command that ended a sweep, from that command's
+start: no measure of the work where several processes, or a command given again, had a share in it.
 """
 
 import argparse

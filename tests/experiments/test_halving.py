@@ -12,6 +12,7 @@ from experiments.bench import halving as bench
 from qlora_jax import config as config_lib
 from qlora_jax import metrics, sweeps
 from qlora_jax.config import ConfigError, TrainConfig
+from qlora_jax.train import Paused
 from tests.experiments.test_sweep import CONFIG as SWEEP
 from tests.experiments.test_sweep import main, trials_of
 
@@ -82,7 +83,7 @@ def test_the_winner_is_what_it_is_without_halving(config, halved, tmp_path):
   )
   assert ours["loss_after"] == pytest.approx(theirs["loss_after"], rel=1e-5)
   # Groups are made anew at rungs alone; the last one has a single trial.
-  assert ours["trials_together"] == [[0, 4], [2, 2]] and theirs["trials_together"] == []
+  assert ours["trials_together"] == [[0, 4, 2], [2, 2, 2]] and theirs["trials_together"] == []
 
 
 def test_it_is_told(config, halved, capsys):
@@ -135,6 +136,69 @@ def test_seeds_of_a_setting_stay_or_go_together(tmp_path):
   # Asked again, and at a later rung: those that were stopped compete no more.
   assert halving.decide(trials, lambda id: tmp_path / id, 10, 2) == trials[2:]
   assert halving.decide(trials, lambda id: tmp_path / id, 20, 2) == []
+
+
+def test_a_torn_decision_is_made_again(tmp_path):
+  trials = made(tmp_path, {(1e-3, 0): 2.0, (2e-3, 0): 1.0})
+  assert halving.decide(trials, lambda id: tmp_path / id, 10, 2) == trials[:1]
+  path = tmp_path / trials[0].id / halving.FILE
+  whole = path.read_text()
+  path.write_text(whole[:9])
+  assert halving.decide(trials, lambda id: tmp_path / id, 10, 2) == trials[:1]
+  assert path.read_text() == whole
+
+
+def test_torn_losses_rank_last_and_stop_no_other(tmp_path):
+  trials = made(tmp_path, {(1e-3, 0): 1.0, (2e-3, 0): 2.0, (3e-3, 0): 3.0})
+  path = tmp_path / trials[0].id / metrics.METRICS_FILE
+  path.write_text("{torn\n" + path.read_text())
+  assert halving.decide(trials, lambda id: tmp_path / id, 10, 2) == []
+  assert halving.decide(trials, lambda id: tmp_path / id, 10, 3) == trials[2:]
+
+
+@pytest.mark.parametrize("other", ["comes", "dies", "came"])
+def test_at_a_rung_a_process_waits_for_the_others(config, tmp_path, monkeypatch, capsys, other):
+  """Trial 0 is another's, who brings it to the rung, while we wait or run ours, or never does."""
+  trials, ran = trials_of(config), []
+  directory = sweep.prepare("tiny", trials, tmp_path / "s")
+  lock = directory.lock(trials[0].id)
+
+  def to_step(one, step):
+    path = directory.trial(one.name)
+    (path / "checkpoints" / str(step)).mkdir(parents=True)
+    loss = abs(one.optimizer.learning_rate - 2e-2)
+    with open(path / metrics.METRICS_FILE, "a") as file:
+      file.write(json.dumps({"step": step, "time": 0.0, "held_out_loss": loss}) + "\n")
+
+  def train(one, workdir, shared, measure, until):
+    del shared, measure
+    ran.append((one.name, until))
+    to_step(one, until or 6)
+    if other == "came" and len(ran) == 1:
+      to_step(trials[0].config, 2)
+    if until:
+      raise Paused(until)
+    found = {"qlora": {"loss_before": 2.0, "loss_after": 1.0}}
+    (workdir / "summary.json").write_text(json.dumps(found))
+
+  def wait(seconds):
+    assert seconds == sweep._POLL and lock.is_locked
+    if other == "comes":
+      to_step(trials[0].config, 2)
+    lock.release()
+
+  monkeypatch.setattr(trial, "run", train)
+  monkeypatch.setattr(sweep.time, "sleep", wait)
+  with lock:
+    found = sweep.run("tiny", trials, tmp_path / "s", keep=2)
+  assert found.finished == 1 and not found.elsewhere
+  assert [halving.stopped_at(directory.trial(each.id)) for each in trials] == [2, 0, 3, 2]
+  assert ((trials[0].id, 2) in ran) == (other == "dies")
+  printed = capsys.readouterr().out
+  waits = "tiny: step 2: waits for 1 with other processes\n"
+  assert printed.count(waits) == (other != "came")
+  # What stands at the rung is not called running.
+  assert ("1 running, 0 failed; trial 2 " in printed) == (other == "came")
 
 
 def test_what_failed_ranks_last_and_is_not_called_stopped(tmp_path):
@@ -203,7 +267,7 @@ def test_a_trial_that_another_process_brought_to_the_rung_is_not_taken_again(con
     assert not ours
   with sweep._ours(place, trials[2], {}) as ours:  # without halving it goes on
     assert ours
-  line = sweep._Progress("tiny", place, trials, 2)._line(0)
+  line = sweep._Progress("tiny", place, trials, {}, 2)._line(0)
   assert line == "tiny: 1/4 done, 0 running, 0 failed, 3 stopped early"
 
 

@@ -141,6 +141,8 @@ def test_again_only_the_failed_ones_are_tried(config, tmp_path, stub, capsys):
   stub.clear()
   assert main(config, tmp_path / "s") == 1
   assert stub == [trials[1].id]
+  # Last time's failure, which is tried again, is none of this time's.
+  assert "tiny: 3/4 done, 1 running, 0 failed; trial 1 " in capsys.readouterr().out
   (tmp_path / "s/trials" / trials[1].id / "summary.json").write_text("{}")
   stub.clear()
   capsys.readouterr()
@@ -180,6 +182,62 @@ def test_a_default_that_has_changed_since_does_not_go_unseen(config, tmp_path, s
   assert "lora.alfa: no such field" in capsys.readouterr().out
 
 
+def test_damaged_trials_are_listed_as_failed_and_stop_no_other(config, tmp_path, stub, capsys):
+  workdir, trials = tmp_path / "s", trials_of(config)
+  main(config, workdir)
+  paths = [workdir / "trials" / each.id for each in trials]
+  (paths[0] / "config.json").unlink()
+  (paths[2] / "config.json").write_text('{"name": "to')
+  (paths[3] / "summary.json").unlink()
+  (paths[3] / "stopped.json").write_text("")
+  capsys.readouterr()
+  assert main(config, workdir, "--list") == 0
+  printed = capsys.readouterr().out
+  assert "0 finished, 4 failed, 0 running" in printed
+  assert f"{trials[0].label}; {paths[0]}: holds summary.json but no config.json" in printed
+  assert f"{trials[2].label}; {paths[2]}/config.json: not JSON" in printed
+  assert f"{trials[3].label}; {paths[3]}/stopped.json: not JSON" in printed
+  stub.clear()
+  assert main(config, workdir) == 1
+  assert sorted(stub) == sorted([trials[1].id, trials[3].id])  # the others' files are left alone
+  printed = capsys.readouterr().out
+  assert "1 finished, 3 failed" in printed
+  assert "holds files but no config.json" in printed and "config.json: not JSON" in printed
+  assert main(config, workdir, "--index=3") == 0
+  assert main(config, workdir, "--index=2") == 1
+  assert "0 finished, 1 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_torn_summary_is_written_again(config, tmp_path, stub, monkeypatch, size):
+  workdir, trials = tmp_path / "s", trials_of(config)
+  main(config, workdir)
+  torn = [workdir / "trials" / trials[i].id / "summary.json" for i in (0, 2)]
+  for path in torn:
+    path.write_text(path.read_text()[:20])
+  stub.clear()
+
+  def together(started, *_):
+    """In place of a group's training."""
+    assert not any(path.exists() for path in torn)
+    for i in (0, 2):
+      trial.run(trials[i].config, workdir / "trials" / trials[i].id, None, None, None)
+    return [{} for _ in started]
+
+  monkeypatch.setattr(sweep.trial_group, "run", together)
+  main(config, workdir, f"--group_size={size}")
+  assert stub[:2] == [trials[0].id, trials[2].id]
+  assert all(json.loads(path.read_text())["lora_16bit"] for path in torn)
+
+
+def test_an_error_that_is_gone_or_torn_is_told(tmp_path):
+  directory = sweep.Directory(tmp_path)
+  assert directory.failure("a") is None
+  directory.trial("a").mkdir(parents=True)
+  directory.error("a").write_text('{"err')
+  assert directory.failure("a") == f"{directory.error('a')}: cannot be read"
+
+
 def test_one_trial_of_an_array_job(config, tmp_path, stub, capsys):
   trials = trials_of(config)
   assert main(config, tmp_path / "s", "--index=3") == 0
@@ -200,7 +258,7 @@ def test_list(config, tmp_path, stub, capsys):
   for each in trials:
     assert re.search(rf"^ +{each.index}  {each.id} +{re.escape(each.label)}$", printed, re.M)
   assert "nf4, blocks of 16, double quantization, 32 tokens: 2 trials share the base" in printed
-  assert "16 bits, 32 tokens: 1 trials" in printed
+  assert "16 bits, 32 tokens: 1 trial has the base" in printed
   main(config, workdir)
   capsys.readouterr()
   main(config, workdir, "--list")
@@ -293,6 +351,10 @@ def test_a_trial_of_another_process_is_left_to_it_until_it_dies(config, tmp_path
     assert "2 finished, 1 failed, 1 with other processes" in capsys.readouterr().out
     assert main(config, workdir, "--index=0") == 1
     assert trials[0].id not in stub
+    capsys.readouterr()
+    assert main(config, workdir, "--list") == 0
+    printed = capsys.readouterr().out
+    assert "2 finished, 1 failed, 1 running" in printed and f"{trials[0].id}  running" in printed
   finally:
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -524,7 +586,8 @@ def test_ray_sends_a_trial_again_whose_worker_died_or_was_stopped(
 )
 def test_the_configs_that_ship(name, trials, bases, capsys):
   assert run.main(["--config", str(ROOT / "configs" / f"{name}.py"), "--list"]) == 0
-  assert f"{trials} trials on {bases} bases; " in capsys.readouterr().out
+  told = "1 base" if bases == 1 else f"{bases} bases"
+  assert f"{trials} trials on {told}; " in capsys.readouterr().out
 
 
 def test_the_full_ablation_holds_the_short_one():

@@ -1,9 +1,12 @@
 """Trials of a sweep that train together: the files, the numbers and the ends of each."""
 
+import io
 import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 
 from experiments import sweep, trial, trial_group
 from qlora_jax import metrics, sweeps, trial_groups
+from qlora_jax.train import SignalGuard
 from tests.experiments.test_sweep import CONFIG as SWEEP
 from tests.experiments.test_sweep import main, trials_of
 
@@ -86,7 +90,7 @@ def test_a_group_writes_what_a_single_trial_writes(config, together, tmp_path):
   )
   np.testing.assert_allclose(found["loss_after"], wanted["loss_after"], rtol=1e-5)
   assert found["loss_after"] != found["loss_before"]
-  assert found.pop("trials_together") == [[0, 3]] and wanted.pop("trials_together") == []
+  assert found.pop("trials_together") == [[0, 3, 4]] and wanted.pop("trials_together") == []
   for name in found.keys() - {"seconds_this_process", "measured", "loss_after", "loss_before"}:
     assert found[name] == wanted[name], name
 
@@ -185,6 +189,56 @@ def test_what_does_not_fit_trains_alone(config, together, tmp_path, monkeypatch)
   pairs = zip(summaries(config, tmp_path / "s"), summaries(config, together), strict=True)
   for ours, theirs in pairs:
     np.testing.assert_allclose(ours["loss_after"], theirs["loss_after"], rtol=1e-5)
+
+
+def in_a_stub_s_groups(count: int, fit: int, shared: trial.Shared, monkeypatch):
+  """Sizes that were compiled, and that trained, of `count` trials of which `fit` fit together."""
+  tried, trained = [], []
+
+  def steps():
+    yield trial.Training(*[None] * 7)  # pyright: ignore[reportArgumentType]
+    return {}
+
+  def fits(members, _):
+    tried.append(len(members))
+    return len(members) <= fit
+
+  def train(members, _):
+    trained.append(len(members))
+    return [(member, "its state") for member in members]
+
+  for name, value in (
+    ("_on_the_host", lambda state: state),
+    ("_program", lambda _: "one"),
+    ("_fits", fits),
+    ("_train_together", train),
+    ("_train_alone", train),
+  ):
+    monkeypatch.setattr(trial_group, name, value)
+  trials = [(steps(), io.StringIO()) for _ in range(count)]
+  assert trial_group.run(trials, 64, shared, SignalGuard()) == [{}] * count
+  return set(tried), trained
+
+
+def test_what_did_not_fit_once_is_not_tried_again(monkeypatch):
+  shared = trial.Shared()
+  assert in_a_stub_s_groups(64, 10, shared, monkeypatch) == ({64, 32, 16, 8}, [8] * 8)
+  # The next ones of the process: in equal parts of what fitted.
+  assert in_a_stub_s_groups(24, 10, shared, monkeypatch) == ({8}, [8] * 3)
+  assert in_a_stub_s_groups(10, 10, shared, monkeypatch) == ({5}, [5] * 2)
+  assert in_a_stub_s_groups(3, 1, shared, monkeypatch) == ({3, 2}, [1] * 3)
+
+
+def test_a_compiler_that_runs_out_of_memory_says_that_a_group_does_not_fit(config, monkeypatch):
+  class Step:
+    def lower(self, *_):
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm")
+
+  training = SimpleNamespace(config=trials_of(config)[0].config, frozen=None)
+  members: Any = [SimpleNamespace(training=training)] * 2
+  monkeypatch.setattr(trial_group, "_wide", lambda _: np.zeros(2))
+  monkeypatch.setattr(trial_group, "_step", lambda *_: Step())
+  assert not trial_group._fits(members, trial.Shared())
 
 
 def test_a_program_that_fails_fails_its_trials_alone(tmp_path, monkeypatch, capsys):

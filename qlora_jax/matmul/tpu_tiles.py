@@ -396,14 +396,19 @@ def _signed(codes: jax.Array) -> jax.Array:
 
 
 def _dot(x: jax.Array, w: jax.Array, axis: int) -> jax.Array:
-  # The matrix unit would round float32 to bfloat16.
+  # The matrix unit would round float32 to bfloat16. Of bfloat16 it takes no precision but its own,
+  # whatever `jax_default_matmul_precision` asks of float32.
   config: Any = jax.config
-  exact = x.dtype == jnp.float32 and config.jax_default_matmul_precision is None
+  precision = None
+  if x.dtype != jnp.float32:
+    precision = jax.lax.Precision.DEFAULT
+  elif config.jax_default_matmul_precision is None:
+    precision = jax.lax.Precision.HIGHEST
   return jax.lax.dot_general(
     x,
     w,
     (((1,), (axis,)), ((), ())),
-    precision=jax.lax.Precision.HIGHEST if exact else None,
+    precision=precision,
     preferred_element_type=jnp.float32,
   )
 

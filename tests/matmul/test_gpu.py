@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from qlora_jax import dequantize, quantize, quantized_matmul
 from qlora_jax.matmul import api, gpu, specs, stacked
 from qlora_jax.matmul.specs import ArgumentSpec
-from qlora_jax.quantized_tensor import Stack
 from tests.matmul.gpu_simulator import simulate, simulate_tiles
 
 if jax.__version_info__ < (0, 11, 2):
@@ -252,7 +251,7 @@ def test_stacks_that_the_dequantizing_kernel_counts_through(layers, in_place):
   layer = jax.eval_shape(
     lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), stack)
   )
-  layer = dataclasses.replace(layer, stack=Stack(stack.codes, 0, stack.scales, stack.levels, None))
+  layer = dataclasses.replace(layer, stack=stacked.of(stack, jnp.int32(0)))
   assert (gpu_dequantize.readable_stack(layer) is not None) == in_place
 
 
@@ -260,7 +259,7 @@ def test_scales_that_the_dequantizing_kernel_cannot_count_through():
   spec = ArgumentSpec(8192, 32768, block_size=16)
   stack = jax.eval_shape(lambda: spec.w(jax.random.key(0), (200,)))
   layer = jax.eval_shape(lambda: spec.w(jax.random.key(0)))
-  layer = dataclasses.replace(layer, stack=Stack(stack.codes, 0, stack.scales, stack.levels, None))
+  layer = dataclasses.replace(layer, stack=stacked.of(stack, jnp.int32(0)))
   assert stack.codes.size > 1 << 32 > stack.scales.codes.size > 1 << 31
   assert gpu_dequantize.readable_stack(layer) is None
 

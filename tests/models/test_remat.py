@@ -136,11 +136,11 @@ def test_an_mlp_in_chunks_of_a_row_that_none_divides():
   frozen, params, constants = trees(CONFIG)
   variables = {"params": params, "constants": constants, "frozen": frozen}
   tokens = TOKENS[:, :23]
-  whole, chunks = (
+  found: Any = [
     Transformer(CONFIG, jnp.float32, mlp_chunk=chunk).apply(variables, tokens, method="hidden")
     for chunk in (None, 8)
-  )
-  np.testing.assert_allclose(chunks, whole, rtol=1e-5, atol=1e-6)
+  ]
+  np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def table(
   available = USABLE * device.memory
   chunk = config.model.mlp_chunk or LONG_ROWS_CHUNK
   rows = []
-  for policy in plan.policies(device):
+  for policy in planned.policies(device):
     each = dataclasses.replace(step, remat=policy)
     one_row = dataclasses.replace(each, batch_size=1, mlp_chunk=chunk)
     memory, seconds = planned.memory(each), planned.seconds(each, device)

@@ -15,7 +15,8 @@ from qlora_jax import config as config_lib
 from qlora_jax.config import BaseQuantization, ExperimentConfig
 from qlora_jax.hf import checkpoint
 from qlora_jax.matmul import gpu, target
-from qlora_jax.models.remat import REMAT_POLICIES, RematPolicy
+from qlora_jax.models import remat
+from qlora_jax.models.remat import RematPolicy
 from qlora_jax.models.transformer import Transformer, TransformerConfig
 from qlora_jax.quantization import QuantizationConfig, Treatment
 from qlora_jax.train import TrainState
@@ -92,9 +93,8 @@ def step_of(config: ExperimentConfig) -> plan.Step:
 def peaks(config: ExperimentConfig, shape: TransformerConfig) -> dict[RematPolicy, int]:
   """Bytes of the device that the config's step takes under each policy."""
   own, step = planner(config, shape), step_of(config)
-  return {
-    policy: own.memory(dataclasses.replace(step, remat=policy)).total for policy in REMAT_POLICIES
-  }
+  policies = remat.policies(shape.num_layers)
+  return {each: own.memory(dataclasses.replace(step, remat=each)).total for each in policies}
 
 
 class OutOfMemoryError(RuntimeError):

@@ -439,7 +439,7 @@ def _heatmaps(findings: Findings, row: str, by: str) -> list[str | Table | Plot]
       values[rows.index(r), columns.index(c)] = mean
     maps.append(("" if name is None else f"{short(by)} {show(name)}", values))
   inside = [each for name in names for cell in cells[name].values() for each in cell]
-  along = [each for each in factors if sweep_results.follows(settings, _RANK, each)]
+  along = _along_rank(findings)
   others = [
     each
     for each in factors
@@ -462,6 +462,14 @@ def _heatmaps(findings: Findings, row: str, by: str) -> list[str | Table | Plot]
   return [Plot(svg, caption, ids(inside))]
 
 
+def _along_rank(findings: Findings) -> list[str]:
+  """Fields that follow from the rank, of quantized settings where there are any."""
+  settings = [each for each in findings.sweep.settings if each.first.quantized]
+  settings = settings or findings.sweep.settings
+  factors = findings.sweep.factors
+  return [each for each in factors if sweep_results.follows(settings, _RANK, each)]
+
+
 def _with(along: Sequence[str]) -> str:
   """What changes with a field."""
   return f" (with {', '.join(along)})" if along else ""
@@ -471,9 +479,7 @@ def _against_rank(findings: Findings) -> list[str | Table | Plot]:
   factors = findings.sweep.factors
   if _RANK not in factors:
     return []
-  settings = [each for each in findings.sweep.settings if each.first.quantized]
-  settings = settings or findings.sweep.settings
-  along = [each for each in factors if sweep_results.follows(settings, _RANK, each)]
+  along = _along_rank(findings)
   series: dict[str, list[Setting]] = collections.defaultdict(list)
   for each in findings.sweep.settings:
     rest = {

@@ -22,9 +22,9 @@ import optax
 from qlora_jax import tree_paths
 from qlora_jax.lora import HEAD, TABLE, LoRAConfig
 from qlora_jax.lora import init as init_lora
-from qlora_jax.models import mlp
+from qlora_jax.models import mlp, remat
 from qlora_jax.models.attention import AttentionName, cudnn_limits, without_kernels
-from qlora_jax.models.remat import OFFLOADING, REMAT_POLICIES, RematPolicy
+from qlora_jax.models.remat import RematPolicy
 from qlora_jax.models.transformer import Transformer, TransformerConfig, training_case
 from qlora_jax.quantized_tensor import is_quantized
 
@@ -175,13 +175,17 @@ class Step:
     return self.rows * min(self.seq_len, self.mlp_chunk or self.seq_len)
 
   @property
+  def _paired(self) -> bool:
+    return self.remat == "offload_pairs"
+
+  @property
   def _chunked(self) -> bool:
     return self.mlp_chunk is not None and self.seq_len > self.mlp_chunk
 
 
 def again(step: Step) -> tuple[bool, bool]:
   """Whether the backward pass computes attention's part of a layer again, and the MLP's."""
-  whole = step.remat in ("full", *OFFLOADING)
+  whole = step.remat in ("full", *remat.OFFLOADING)
   # What a chunk of an MLP has kept goes when the policy is to keep everything but names nothing.
   return whole, whole or step.remat == "mlp" or (step.remat == "none" and step._chunked)
 
@@ -197,7 +201,7 @@ def operations(config: TransformerConfig, step: Step) -> tuple[int, int]:
   pairs = sum(_pairs(step.seq_len, config.windows[kind]) for kind in config.kind_of_layer)
   attention = 4 * config.num_heads * config.head_dim * step.rows * pairs
   attention_again, _ = again(step)
-  times_again = attention_again + (step.remat == "offload_pairs")
+  times_again = attention_again + step._paired
   return (
     round(step.tokens * (config.num_layers * sum(_of_a_layer(config, step)) + head)),
     attention + attention * 5 // 2 + times_again * attention,
@@ -229,7 +233,7 @@ def _of_a_layer(config: TransformerConfig, step: Step) -> tuple[float, float]:
       repeated_first += (not attention_again) * q * d
       # A chunk's wide arrays, for its result and once more for its gradient.
       repeated_mlp += last + (step._chunked and mlp_again) * wide
-  if step.remat == "offload_pairs":
+  if step._paired:
     # A pair goes forward once more, whole, for the inputs of its layers.
     repeated_first, repeated_mlp = repeated_first + first, repeated_mlp + wide + last
   return 4 * first + 2 * repeated_first, 4 * (wide + last) + 2 * repeated_mlp
@@ -488,9 +492,8 @@ class Planner:
     products, attention = operations(config, step)
     attention_again, mlp_again = again(step)
     wide = config.intermediate_size * max(config.experts_per_token, 1)
-    once_more = step.remat == "offload_pairs"
-    a_token = (3 + attention_again + once_more) * config.hidden_size
-    a_token += (3 + mlp_again + once_more) * wide
+    a_token = (3 + attention_again + step._paired) * config.hidden_size
+    a_token += (3 + mlp_again + step._paired) * wide
     activations = size * step.tokens * config.num_layers * a_token
     # A product of N rows with a weight is 2 N FLOPs, and decodes it once; of experts, of a tile.
     first, of_mlp = (config.num_layers * step.tokens * x for x in _of_a_layer(config, step))
@@ -538,11 +541,17 @@ class Planner:
     """The most rows that fit; 0 where not one does."""
     return _most(lambda n: self.fits(dataclasses.replace(step, batch_size=n), available, host))
 
+  def policies(self, device: Device) -> tuple[RematPolicy, ...]:
+    """Those that serve the model, and can be timed on a device."""
+    known_link = device.host_bytes_s is not None
+    serving = remat.policies(self.config.num_layers)
+    return tuple(p for p in serving if known_link or p not in remat.OFFLOADING)
+
   def fastest(
     self, step: Step, device: Device, available: float, host: float = math.inf
   ) -> RematPolicy | None:
     """The policy of the least time among those that fit; None where none does."""
-    steps = [dataclasses.replace(step, remat=policy) for policy in policies(device)]
+    steps = [dataclasses.replace(step, remat=policy) for policy in self.policies(device)]
     fitting = [each for each in steps if self.fits(each, available, host)]
 
     def time(each: Step) -> float:
@@ -551,12 +560,6 @@ class Planner:
       return (seconds if device.host_bytes_s else dataclasses.replace(seconds, host=0.0)).total
 
     return min(fitting, key=time).remat if fitting else None
-
-
-def policies(device: Device) -> tuple[RematPolicy, ...]:
-  """Those that the plan can time on a device."""
-  known_link = device.host_bytes_s is not None
-  return tuple(p for p in REMAT_POLICIES if known_link or p not in OFFLOADING)
 
 
 def known(value: float) -> float | None:

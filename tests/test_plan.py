@@ -128,6 +128,18 @@ def traced(config: TransformerConfig, policy: Any, chunk: int | None = None) -> 
   return _dots(partial_eval.dce_jaxpr(jaxpr, [True], True)[0])
 
 
+def test_an_odd_number_of_layers_has_no_pairs():
+  model = MODEL.clone(config=dataclasses.replace(CONFIG, num_layers=3))
+  frozen = checkpoint.abstract_base(model, {}, jnp.float32)
+  planned = plan.Planner.of(model, frozen, lora.LoRAConfig(rank=3), optax.adam(1e-3))
+  assert "offload_pairs" in planner().policies(H100)
+  assert "offload_pairs" not in planned.policies(H100)
+  step = plan.Step(1, 512)
+  assert planned.fastest(step, H100, 1e12) == "elementwise"
+  with pytest.raises(ValueError, match="'offload_pairs' of 3 layers"):
+    planned.memory(dataclasses.replace(step, remat="offload_pairs"))
+
+
 def test_pairs_go_forward_once_more():
   config = TransformerConfig(64, 32, 96, 4, 4, 2, 8)
   pairs, offload = (

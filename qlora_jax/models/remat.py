@@ -42,6 +42,11 @@ WIDE = "wide"  # of an MLP, before its activation
 _MLP_KEEPS = (QKV, ATTENTION, MIDDLE, LOW_RANK)
 
 
+def policies(num_layers: int) -> tuple[RematPolicy, ...]:
+  """Those that serve a model of so many layers: an odd number of them has no pairs."""
+  return tuple(p for p in REMAT_POLICIES if p != "offload_pairs" or num_layers % 2 == 0)
+
+
 def named(name: str, *arrays: jax.Array) -> Any:
   """The arrays under a name that policies know them by; of one array, it alone."""
   found = tuple(checkpoint_name(x, name) for x in arrays)

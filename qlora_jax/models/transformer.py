@@ -415,6 +415,9 @@ class Transformer(nn.Module):
     config = self.config
     if self.mlp_chunk is not None and self.mlp_chunk < 1:
       raise ValueError(f"mlp_chunk: {self.mlp_chunk}; at least 1, or None")
+    if self.remat == "offload_pairs" and config.num_layers % 2:
+      # When its weights are made as well: not after a base was loaded.
+      raise ValueError(f"remat: 'offload_pairs' of {config.num_layers} layers; an even number")
     self.embed = Embed(
       config.vocab_size, config.hidden_size, self.dtype, scale=config.embedding_scale
     )
@@ -422,8 +425,6 @@ class Transformer(nn.Module):
       policy = "full" if self.remat == "offload_pairs" else self.remat
       layers = _scanned(remat.block(Block, policy), config.num_layers)
     else:
-      if config.num_layers % 2:
-        raise ValueError(f"remat: 'offload_pairs' of {config.num_layers} layers; an even number")
       layers = _scanned(remat.block(Pair, self.remat), config.num_layers // 2)
       collections = ("params", "frozen", "constants", NUMBER)
       layers = nn.map_variables(layers, collections, _in_pairs)

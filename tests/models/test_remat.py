@@ -71,6 +71,8 @@ def test_an_odd_layer_has_no_pair():
   model = Transformer(dataclasses.replace(CONFIG, num_layers=3), remat="offload_pairs")
   with pytest.raises(ValueError, match="remat: 'offload_pairs' of 3 layers; an even number"):
     jax.eval_shape(lambda: model.apply({}, TOKENS))
+  with pytest.raises(ValueError, match="an even number"):
+    jax.eval_shape(model.init, jax.random.key(0), TOKENS)
 
 
 def products(jaxpr, shapes) -> int:

@@ -52,5 +52,6 @@ SHAPES: dict[str, TransformerConfig] = {
     experts_per_token=8,
     model_type="qwen3_moe",
   ),
+  "stories-260k": _model(512, 64, 172, 5, 8, 4, 8, tie_embeddings=True),
   "tiny": _model(256, 64, 128, 2, 4, 2, 16),
 }

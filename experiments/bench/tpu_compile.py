@@ -1,16 +1,17 @@
 """The TPU's kernel as its compiler sees it: memory, schedule, decodes, a whole train step.
 
   python -m experiments.bench.tpu_compile --out tpu.json [--chips v5e,v6e] [--parts specs,decodes]
-    [--cases 16x4096x14336,…] [--without-xla]
+    [--cases 16x4096x14336,…] [--without-xla] [--model llama-8b]
 
 Compiled, on any machine where libtpu is installed; nothing runs on a TPU. The parts:
 
   specs    every small case of `matmul.specs`, forward and input gradient: seconds to compile, VMEM.
   real     Llama 3's projections with 1 to 4,096 rows: the same, bundles of a step for 1,024
            weights, and the compiler's account of cost and memory beside that of XLA's own program:
-           dequantize, then dot. All of them take hours; `--cases` those whose names start so,
-           `--without-xla` the kernel alone.
+           dequantize, then dot. All of them take hours; `--cases` those whose names start so, or
+           any other [rows]x[K]x[N] (NF4 in blocks of 64, bf16); `--without-xla` the kernel alone.
   decodes  ways to turn codes into levels: bundles, and vector operations, for 1,024 weights.
+  strips   bundles of a step of the whole kernel, 4096 → 14336, by which strips go by lane.
   steps    a train step of Llama-3.1-8B's shape, 4 × 2048 tokens on 2 × 2 chips (fsdp × tensor),
            with the kernel and with XLA's product: bytes on each chip.
 """
@@ -20,12 +21,14 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import math
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +49,7 @@ from qlora_jax.models.transformer import Transformer
 from qlora_jax.quantized_tensor import is_quantized
 from qlora_jax.train import init_state, make_train_step
 
-PARTS = ("decodes", "real", "specs", "steps")
+PARTS = ("decodes", "real", "specs", "steps", "strips")
 # Bytes of a TensorCore's VMEM, by `pltpu.get_tpu_info_for_chip` of JAX 0.11.2.
 VMEM = {"v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20, "v7x": 64 << 20}
 # Chips that a step of 8B is compiled for, with options of their compiler. v6e's crashes on it while
@@ -60,9 +63,14 @@ _WEIGHTS = 1024
 
 
 def measure_spec(
-  chip: str, spec: specs.ArgumentSpec, *, beside_xla: bool = True
+  chip: str, spec: specs.ArgumentSpec, *, schedules: bool, beside_xla: bool = False
 ) -> Iterator[dict[str, Any]]:
-  """Forward and input gradient of one case; a real one beside XLA's own program."""
+  """Forward and input gradient of one case.
+
+  Args:
+    schedules: count the bundles too, and tell the compiler's account of the program.
+    beside_xla: and that of XLA's own.
+  """
   mesh = tpu_compiler.one_chip(chip)
   x, w = jax.eval_shape(lambda key: (spec.x(key), spec.w(key)), jax.random.key(0))
   g = jax.ShapeDtypeStruct((*spec.rows, spec.n), x.dtype)
@@ -93,7 +101,7 @@ def measure_spec(
       "vmem_bytes": vmem,
       "share_of_vmem": round(vmem / VMEM[chip], 4),
     }
-    if spec in specs.REAL:
+    if schedules:
       schedule = tpu_compiler.schedule(kernel)
       result["bundles_for_1024_weights"] = round(schedule.bundles / weights, 3)
       result["slots_used"] = {
@@ -231,6 +239,17 @@ def measure_decode(chip: str, name: str) -> dict[str, Any]:
   }
 
 
+def measure_strips(chip: str, every: int | None, rows: int) -> dict[str, Any]:
+  """A step of the kernel, forward, where every so many strips go by lane; None: no strip does."""
+  spec = specs.ArgumentSpec(4096, 14336, (rows,), "bfloat16")
+  jax.clear_caches()  # what was traced would be taken again
+  with mock.patch.object(tpu_tiles, "BY_LANE", every or math.inf):
+    result = next(measure_spec(chip, spec, schedules=True))
+  jax.clear_caches()
+  bundles = result["bundles_for_1024_weights"]
+  return {"chip": chip, "rows": rows, "each_strip_by_lane": every, "bundles": bundles}
+
+
 def measure_step(chip: str, model_name: str, implementation: str | None) -> dict[str, Any]:
   """A whole train step over 2 × 2 chips: what it holds on each."""
   devices = np.array(tpu_compiler.topology(chip)).reshape(2, 2)
@@ -301,9 +320,16 @@ def main(argv: Sequence[str]) -> int:
   arguments = parser.parse_args(argv)
   chips, parts = arguments.chips.split(","), arguments.parts.split(",")
   starts = tuple(arguments.cases.split(","))
+  real = list(specs.REAL)
   for start in starts:
-    if not any(str(spec).startswith(start) for spec in (*specs.REAL, *specs.SMALL)):
-      parser.error(f"--cases: no case starts with {start!r}; one is {specs.REAL[0]}")
+    if any(str(spec).startswith(start) for spec in (*specs.REAL, *specs.SMALL)):
+      continue
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", start):
+      parser.error(
+        f"--cases: no case starts with {start!r}, and it is no [rows]x[K]x[N]; one is {real[0]}"
+      )
+    rows, k, n = map(int, start.split("x"))
+    real.append(specs.ArgumentSpec(k, n, (rows,), "bfloat16"))
   for given, known, what in ((chips, tpu_compiler.TOPOLOGIES, "chips"), (parts, PARTS, "parts")):
     if unknown := set(given) - set(known):
       parser.error(f"--{what}: {', '.join(sorted(unknown))}; there is {', '.join(known)}")
@@ -329,10 +355,15 @@ def main(argv: Sequence[str]) -> int:
     if "decodes" in parts:
       for name in DECODES:
         record("decodes", measure_decode(chip, name))
-    for part, cases in (("real", specs.REAL), ("specs", specs.SMALL)):
+    if "strips" in parts:
+      for every, rows in itertools.product((None, 2, 3, 4, 5), (16, 1024)):
+        record("strips", measure_strips(chip, every, rows))
+    for part, cases in (("real", real), ("specs", specs.SMALL)):
+      counted = part == "real"
+      beside_xla = counted and not arguments.without_xla
       for spec in cases if part in parts else ():
         if spec.dtype != "float16" and str(spec).startswith(starts):
-          for result in measure_spec(chip, spec, beside_xla=not arguments.without_xla):
+          for result in measure_spec(chip, spec, schedules=counted, beside_xla=beside_xla):
             record(part, result)
     if "steps" in parts and chip in _STEP_OPTIONS:
       for implementation in (None, "xla"):

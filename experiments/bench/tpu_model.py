@@ -2,13 +2,14 @@
 
   python -m experiments.bench.tpu_model [--out model.json] [--shapes 4096x14336,…] [--rows 1,16,…]
 
-Three times for each case, of which the longest is the prediction, since the kernel's pipeline runs
-them side by side: bytes at the bandwidth of HBM, and products and decoding at the bundles that a
-step of the kernel takes with 1,024 rows and with 16, as `experiments.bench.tpu_compile --parts
-real` counts them. Beside it the same of a bf16 weight, its products at the peak of the matrix
-units, and of one that is dequantized into HBM first: its bytes alone, no time for decoding, so that
-both are at best that. `share` is bf16's time over ours: above 1 the packed product is the faster
-one.
+Two times for each case, of which the longer is the prediction, since the kernel's pipeline runs
+them side by side: bytes at the bandwidth of HBM, and the bundles of the kernel's steps, which
+`experiments.bench.tpu_compile --parts real` counts with 16 rows, 256 and 1,024, and which lie on
+lines between those here. What bounds those is called products where the matrix units alone would
+take longer than a step with 16 rows does, which decodes as much; else decoding. Beside it the same
+of a bf16 weight, its products at the peak of the matrix units, and of one that is dequantized into
+HBM first: its bytes alone, no time for decoding, so that both are at best that. `share` is bf16's
+time over ours: above 1 the packed product is the faster one.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qlora_jax.matmul.tpu_tiles import Tiles
 
@@ -56,9 +59,13 @@ CHIPS = {
   "v7x": Chip(2307e12 / 2, 7380e9 / 2, cores=1, products=2**18),
 }
 
-# For 1,024 weights, 4096 → 14336, forward: a step with 16 rows, and one with 1,024.
-DECODE_BUNDLES = {"v5e": 2.57, "v5p": 2.57, "v6e": 2.28, "v7x": 2.27}
-PRODUCT_BUNDLES = {"v5e": 16.96, "v5p": 16.96, "v6e": 5.19, "v7x": 5.06}
+# Of a step for 1,024 weights, 4096 → 14336, forward, by its rows of x.
+BUNDLES = {
+  "v5e": {16: 2.57, 256: 4.72, 1024: 16.96},
+  "v5p": {16: 2.57, 256: 4.72, 1024: 16.96},
+  "v6e": {16: 2.28, 256: 2.74, 1024: 5.19},
+  "v7x": {16: 2.27, 256: 2.47, 1024: 5.06},
+}
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192))
 ROWS = (1, 16, 64, 256, 1024, 4096, 8192)
@@ -69,19 +76,20 @@ _BYTES_A_WEIGHT = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
 def predict(chip_name: str, k: int, n: int, rows: int) -> dict[str, Any]:
   """Seconds of x `[rows, K]` times a packed `[K, N]`, and of its peers."""
-  chip, tiles = CHIPS[chip_name], Tiles()
+  chip, tiles, bundles = CHIPS[chip_name], Tiles(), BUNDLES[chip_name]
   passes = math.ceil(rows / tiles.rows)  # over the weight: each decodes it again
   # Few rows fill as much of a matrix unit as 8 do.
-  filled = max(rows, 8)
-  peak = 2 * filled * k * n / chip.flop_s
+  peak = 2 * max(rows, 8) * k * n / chip.flop_s
   bundle = k * n / 1024 / (chip.cores * chip.cycles_s)
   # x again for each tile of N, which is how the grid goes.
   activations = 2 * rows * (k * math.ceil(n / tiles.n) + n)
+  a_pass = rows / passes
   ours = {
     "bytes": (passes * k * n * _BYTES_A_WEIGHT + activations) / chip.bytes_s,
-    "products": filled / tiles.rows * PRODUCT_BUNDLES[chip_name] * bundle,
-    "decoding": passes * DECODE_BUNDLES[chip_name] * bundle,
+    "steps": passes * float(np.interp(a_pass, [*bundles], [*bundles.values()])) * bundle,
   }
+  products = a_pass * 1024 / chip.products
+  bound = "products" if products > bundles[16] else "decoding"
   bf16 = max((2 * k * n + 2 * rows * (k + n)) / chip.bytes_s, peak)
   # Written once and read once.
   through_hbm = (k * n * (_BYTES_A_WEIGHT + 2) / chip.bytes_s) + bf16
@@ -92,7 +100,7 @@ def predict(chip_name: str, k: int, n: int, rows: int) -> dict[str, Any]:
     "n": n,
     "rows": rows,
     "seconds": seconds,
-    "bound": max(ours, key=lambda name: ours[name]),
+    "bound": "bytes" if ours["bytes"] > ours["steps"] else bound,
     "parts": ours,
     "bf16_seconds": bf16,
     "dequantized_seconds_at_best": through_hbm,
@@ -123,7 +131,9 @@ def main(argv: Sequence[str]) -> int:
       f"{1e6 * each['dequantized_seconds_at_best']:9.1f}{each['share']:7.2f}"
     )
   if arguments.out:
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    lines = ",\n".join(f"  {json.dumps(each)}" for each in results)
+    head = f'"predicted_for": {json.dumps([*CHIPS])}, "ran_on": null'
+    arguments.out.write_text(f'{{{head}, "results": [\n{lines}\n]}}\n')
   return 0
 
 

@@ -11,10 +11,8 @@ vector unit's work, and of all ways alone takes the fewest bundles of the compil
 every generation (`python -m experiments.bench.tpu_compile --parts decodes` counts them). By lane:
 the levels lie along one register's lanes, and the permute unit, idle else, picks. Every fourth
 strip of 8 rows goes by lane: with 16 rows of x a step takes 2.57 bundles for 1,024 weights on v5e
-in place of 2.72, 2.28 on v6e in place of 2.56, 2.27 on TPU7x. More of them take more, the permutes'
-results being waited for, and so do fewer: each third 2.76, 2.30 and 2.32, each fifth 2.67, 2.31 and
-2.32, each second 3.72 on v5e and 3.18 on v6e. (With 1,024 rows each third takes 1% less on v6e, and
-1% more on TPU7x.)
+in place of 2.72, 2.28 on v6e and 2.27 on TPU7x in place of 2.56. More of them take more, the
+permutes' results being waited for, and so do fewer (`--parts strips`).
 """
 
 import dataclasses
@@ -46,14 +44,14 @@ _BYTE_ROWS = 32
 # Rows of K that are multiplied as soon as they are decoded: the depth of the largest matrix unit.
 _CHUNK = 256
 # Every which strip of 16-level codes is looked up by lane: see the counts above.
-_BY_LANE = 4
+BY_LANE = 4
 # Of VMEM a kernel may take, by libtpu's leave on each generation.
 _VMEM_LIMIT = 48 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """How the work is cut, at most: a tile of the weight is `[contraction, columns]` of W.
+  """How the work is cut, at most. The last tile of an axis may hold less.
 
   Attributes:
     rows: of x, or of the output's gradient, that a decoded tile is multiplied by.
@@ -73,7 +71,7 @@ class Layout:
     bits: of a code.
     plane: rows of a plane.
     ragged: whether 128 does not divide K: it is one group then, its planes padded, and one tile.
-    k, n: of a tile; rows: of x, at most.
+    k, n: of a tile, of which the last may hold fewer; rows: of x, at most.
     block: rows of K that share a scale, which is written down again for each block of so many
       where those of the weight do not fall on tiles; 0 where each row has its own.
     nested: whether scales come as codes, absmax, offset and map.
@@ -104,16 +102,17 @@ class Layout:
       tile_k = planes(w.bits) * plane
       block = _SUBLANES if in_one_block else 0
     else:
-      fits = _divisors(k, tiles.k)
-      even = [each for each in fits if max(each, w.block_size) % min(each, w.block_size) == 0]
-      whole = even if in_one_block else []
-      nested = isinstance(w.scales, NestedScales) and bool(whole)
+      cuts = _cuts(k, tiles.k)
+      # Whole blocks in a tile, or whole tiles in a block.
+      whole = [each for each in cuts if in_one_block and not _remainder(each, w.block_size)]
       if in_one_block:
         block = w.block_size if whole else math.gcd(w.block_size, GROUP)
-      # Rows of one run of absmax; else the scales are restored ahead of the kernel.
-      run = [each for each in whole if nested and _run(w.scales) % max(1, each // block) == 0]
-      nested = bool(run)
-      tile_k = max(run or whole or fits)
+      if isinstance(w.scales, NestedScales):
+        # The same of a run of absmax; else the scales are restored ahead of the kernel.
+        run = _run(w.scales)
+        runs = [each for each in whole if not _remainder(max(1, each // block), run)]
+        nested, whole = bool(runs), runs or whole
+      tile_k = (whole or cuts)[0]
     # A ragged K may be longer than a tile: less of the others then.
     longer = -(-tile_k // tiles.k)
     return cls(
@@ -121,7 +120,7 @@ class Layout:
       plane=plane if ragged else GROUP // planes(w.bits),
       ragged=ragged,
       k=tile_k,
-      n=max(_divisors(n + -n % _LANES, tiles.n // longer)),
+      n=_cuts(n, tiles.n // longer)[0],
       rows=max(_BYTE_ROWS, tiles.rows // longer // _BYTE_ROWS * _BYTE_ROWS),
       block=block,
       nested=nested,
@@ -144,10 +143,18 @@ class Layout:
     return self.k if self.block == 0 else max(1, self.k // self.block)
 
 
-def _divisors(size: int, most: int) -> list[int]:
-  """The divisors of `size` in whole registers, up to `most`; at least the smallest."""
-  count = size // _LANES
-  return [d * _LANES for d in range(1, max(most // _LANES, 1) + 1) if count % d == 0]
+def _cuts(size: int, most: int) -> list[int]:
+  """Tiles of whole registers that an axis can be cut into, of at most so much; the best first.
+
+  A tile costs what it holds, of the axis or not, and as much as a register's width more.
+  """
+  widths = range(_LANES, max(min(most, size + -size % _LANES), _LANES) + 1, _LANES)
+  return sorted(widths, key=lambda width: (-(-size // width) * (width + _LANES), -width))
+
+
+def _remainder(a: int, b: int) -> int:
+  """Of the larger by the smaller."""
+  return max(a, b) % min(a, b)
 
 
 def product(
@@ -174,16 +181,21 @@ def product(
     return jnp.zeros((*x.shape[:-1], k if transposed else n), x.dtype)
   layout = Layout.of(w, tiles)
   rows = jnp.pad(rows, ((0, 0), (0, -n % _LANES))) if transposed else _split_planes(rows, w, layout)
-  if w.stack is not None and (layout.ragged or n % _LANES):
+  if w.stack is not None and layout.ragged:
     # The codes are padded ahead of the kernel: those of this layer alone.
     w = stacked.without(w)
   operands = _operands(w, layout)
-  m = min(len(rows), layout.rows)
-  padded_n, padded_k = n + -n % _LANES, _padded(k, layout)
+  # Each pass over the weight takes as many rows, in whole registers.
+  passes = pl.cdiv(len(rows), layout.rows)
+  each = pl.cdiv(len(rows), passes)
+  m = each + -each % _BYTE_ROWS if passes > 1 else each
   # Of the result, and of what is summed over: the whole and a tile.
-  (kept, kept_tile), (summed, summed_tile) = (padded_n, layout.n), (padded_k, layout.k)
+  (kept, kept_tile), (summed, summed_tile) = (n, layout.n), (_padded(k, layout), layout.k)
   if transposed:
     (kept, kept_tile), (summed, summed_tile) = (summed, summed_tile), (kept, kept_tile)
+  # Of its last tile only what there is: beyond it lies anything, also what is no number.
+  last = rows.shape[1] - (pl.cdiv(summed, summed_tile) - 1) * summed_tile
+  grid = (passes, pl.cdiv(kept, kept_tile), pl.cdiv(summed, summed_tile))
 
   def place(index):
     return lambda i, kept, summed, layer: index(
@@ -193,14 +205,14 @@ def product(
   layer = jnp.zeros(1, jnp.int32) if w.stack is None else w.stack.index.reshape(1)
   layer, *arrays = manual_axes.alike(layer, rows, *(operand.array for operand in operands))
   # Of a stack, one layer's codes.
-  moved = (arrays[0], w.codes, *arrays[2:])
+  moved = (w.codes, *arrays[2:])
   manual: Any = {"manual_axis_type": jax.typeof(arrays[0]).manual_axis_type}
   y = pl.pallas_call(
-    functools.partial(_kernel, layout=layout, transposed=transposed),
+    functools.partial(_kernel, layout=layout, transposed=transposed, last=last),
     out_shape=jax.ShapeDtypeStruct((len(rows), kept), x.dtype, **manual),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(pl.cdiv(len(rows), m), kept // kept_tile, summed // summed_tile),
+      grid=grid,
       in_specs=[
         pl.BlockSpec((m, summed_tile), lambda i, kept, summed, layer: (i, summed)),
         *(pl.BlockSpec(each.block, place(each.index)) for each in operands),
@@ -213,14 +225,17 @@ def product(
       vmem_limit_bytes=_VMEM_LIMIT,
     ),
     cost_estimate=pl.CostEstimate(
-      flops=2 * len(rows) * padded_k * padded_n,
-      bytes_accessed=sum(array.nbytes for array in moved) + len(rows) * kept * x.dtype.itemsize,
+      flops=2 * len(rows) * kept * summed,
+      # x again for each tile of the result, the weight for each pass; not what stays in VMEM.
+      bytes_accessed=rows.nbytes * (grid[1] if grid[2] > 1 else 1)
+      + sum(each.nbytes for each in moved) * (passes if grid[1] * grid[2] > 1 else 1)
+      + len(rows) * kept * x.dtype.itemsize,
       transcendentals=0,
     ),
     interpret=interpret,
     name="quantized_matmul_gradient" if transposed else "quantized_matmul",
   )(layer, *arrays)
-  y = _join_planes(y, w, layout) if transposed else y[:, :n]
+  y = _join_planes(y, w, layout) if transposed else y
   return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -246,7 +261,7 @@ def _operands(w: QuantizedTensor, layout: Layout) -> list[_Operand]:
     unit = codes.reshape(-1, plane_rows(w.shape[0], w.bits)[1], codes.shape[1])
     codes = jnp.pad(unit, ((0, 0), (0, layout.plane - unit.shape[1]), (0, 0)))
     codes = codes.reshape(-1, codes.shape[-1])
-  codes = jnp.pad(codes, ((0, 0), (0, columns))) if w.stack is None else w.stack.codes
+  codes = codes if w.stack is None else w.stack.codes
   operands = [
     _Operand(
       codes.reshape(-1, *codes.shape[-2:]),
@@ -262,8 +277,8 @@ def _operands(w: QuantizedTensor, layout: Layout) -> list[_Operand]:
     if unit != w.block_size or layout.ragged:
       blocks = jnp.repeat(blocks, w.block_size // unit, 0)[: w.shape[0] // unit]
       blocks = _split_planes(blocks.T, w, layout, unit).T
-    blocks = jnp.pad(blocks, ((0, 0), (0, columns)))
     rows = layout.scale_rows
+    blocks = jnp.pad(blocks, ((0, -len(blocks) % rows), (0, columns)))
     tiles_a_row = max(1, layout.block // layout.k)
     return _Operand(
       blocks.reshape(-1, rows, blocks.shape[1]),
@@ -318,9 +333,14 @@ def _absmax(scales: NestedScales, layout: Layout, columns: int) -> _Operand:
   run = _run(scales)
   each = jnp.repeat(scales.absmax.astype(jnp.float32), scales.block_size // run)
   each = each[: n * blocks // run].reshape(n, -1).T
-  each = jnp.pad(each, ((0, 0), (0, columns)))
-  tiles_a_run = run * layout.block // layout.k
-  return _Operand(each[:, None], (None, 1, layout.n), lambda t, j, _: (t // tiles_a_run, 0, j))
+  rows = max(1, layout.scale_rows // run)
+  each = jnp.pad(each, ((0, -len(each) % rows), (0, columns)))
+  tiles_a_run = max(1, run * layout.block // layout.k)
+  return _Operand(
+    each.reshape(-1, rows, each.shape[1]),
+    (None, rows, layout.n),
+    lambda t, j, _: (t // tiles_a_run, 0, j),
+  )
 
 
 def _padded(k: int, layout: Layout) -> int:
@@ -351,38 +371,59 @@ def _join_planes(y: jax.Array, w: QuantizedTensor, layout: Layout) -> jax.Array:
 # The kernel
 
 
-def _kernel(layer_ref, x_ref, codes_ref, table_ref, *refs, layout: Layout, transposed: bool):
-  """One tile: see the module."""
+def _kernel(
+  layer_ref,
+  x_ref,
+  codes_ref,
+  table_ref,
+  *refs,
+  layout: Layout,
+  transposed: bool,
+  last: int,
+):
+  """One tile: see the module. `last`: what the last tile holds of what is summed over."""
   del layer_ref  # it is what the codes were found by
   *parameters, y_ref, sum_ref = refs
-  step = pl.program_id(2)
+  step, steps = pl.program_id(2), pl.num_programs(2)
 
   @pl.when(step == 0)
   def _():
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
-  zero = parameters.pop()[...] if layout.has_zero else None
-  scales = _restored(*parameters) if layout.nested else parameters[0][...]
-  codes = _signed(codes_ref[...])
-  levels = functools.partial(lookup, [table_ref[i] for i in range(table_ref.shape[0])])
-  chunk = layout.group * max(1, _CHUNK // layout.group)
-  for start in range(0, layout.k, chunk):
-    rows = slice(start, min(start + chunk, layout.k))
-    groups = range(rows.start // layout.group, rows.stop // layout.group)
-    # A value of its own, so that the next chunk is decoded while this one is multiplied.
-    w = jnp.concatenate(
-      [
-        piece
-        for group in groups
-        for piece in _decoded_group(group, codes, levels, scales, zero, layout, x_ref.dtype)
-      ]
-    )
-    if transposed:
-      sum_ref[:, rows] += _dot(x_ref[...], w, 1)
-    else:
-      sum_ref[...] += _dot(x_ref[:, rows], w, 0)
+  def add(held: int) -> None:
+    """The products of the first so many of what is summed over."""
+    k, n = (layout.k, held) if transposed else (held, layout.n)
+    columns = slice(0, n)
+    *scales_refs, zero_ref = parameters if layout.has_zero else (*parameters, None)
+    zero = None if zero_ref is None else zero_ref[:, columns]
+    scales = _restored(columns, *scales_refs) if layout.nested else scales_refs[0][:, columns]
+    codes = _signed(codes_ref[:, columns])
+    levels = functools.partial(lookup, [table_ref[i] for i in range(table_ref.shape[0])])
+    chunk = layout.group * max(1, _CHUNK // layout.group)
+    for start in range(0, k, chunk):
+      rows = slice(start, min(start + chunk, k))
+      groups = range(rows.start // layout.group, rows.stop // layout.group)
+      # A value of its own, so that the next chunk is decoded while this one is multiplied.
+      w = jnp.concatenate(
+        [
+          piece
+          for group in groups
+          for piece in _decoded_group(group, codes, levels, scales, zero, layout, x_ref.dtype)
+        ]
+      )
+      if transposed:
+        sum_ref[:, rows] += _dot(x_ref[:, columns], w, 1)
+      else:
+        sum_ref[...] += _dot(x_ref[:, rows], w, 0)
 
-  @pl.when(step == pl.num_programs(2) - 1)
+  whole = layout.n if transposed else layout.k
+  if last == whole:
+    add(whole)
+  else:
+    pl.when(step < steps - 1)(lambda: add(whole))
+    pl.when(step == steps - 1)(lambda: add(last))
+
+  @pl.when(step == steps - 1)
   def _():
     y_ref[...] = sum_ref[...].astype(y_ref.dtype)
 
@@ -430,7 +471,7 @@ def _decoded_group(group: int, codes, levels, scales, zero, layout: Layout, dtyp
       word = strip(codes, first)
     for j in range(planes(layout.bits)):
       k = group * layout.group + j * layout.plane + row
-      by_lane = layout.bits == 4 and k // _SUBLANES % _BY_LANE == _BY_LANE - 1
+      by_lane = layout.bits == 4 and k // _SUBLANES % BY_LANE == BY_LANE - 1
       weight = levels(word, layout.bits, layout.bits * j, by_lane=by_lane)
       if zero is not None:
         weight = weight - _of_strip(zero, k, layout)
@@ -499,9 +540,9 @@ def gather(register: jax.Array, index: jax.Array, axis: int) -> jax.Array:
   return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, 1)
 
 
-def _restored(codes_ref, absmax_ref, offset_ref, map_ref) -> jax.Array:
-  """A tile's scales `[rows, n]`, undoing double quantization: two roundings, as there."""
-  codes = _signed(codes_ref[...])
+def _restored(columns: slice, codes_ref, absmax_ref, offset_ref, map_ref) -> jax.Array:
+  """Some columns of a tile's scales, undoing double quantization: two roundings, as there."""
+  codes = _signed(codes_ref[:, columns])
   halves = [map_ref[0], map_ref[1]]
   rows = len(codes)
   # In whole registers, which is what is looked up in.
@@ -509,6 +550,11 @@ def _restored(codes_ref, absmax_ref, offset_ref, map_ref) -> jax.Array:
   whole = jnp.concatenate([codes, filling]) if len(filling) else codes
   strips = [whole[row : row + _SUBLANES] for row in range(0, rows, _SUBLANES)]
   value = jnp.concatenate([lookup(halves, strip, 8) for strip in strips])[:rows]
+  # Of each run; one run's is broadcast.
+  absmax = absmax_ref[:, columns]
+  if len(absmax) > 1:
+    shape = (rows // len(absmax), absmax.shape[1])
+    absmax = jnp.concatenate([jnp.broadcast_to(run[None], shape) for run in absmax])
   # Code 127 stands for 0.
-  product = jnp.where(codes == 127, 0.0, value * absmax_ref[...])
+  product = jnp.where(codes == 127, 0.0, value * absmax)
   return product + offset_ref[0, 0]

@@ -36,9 +36,16 @@ def test_the_model_names_what_bounds_a_product(tmp_path, capsys):
   assert few["seconds"] == pytest.approx(weights / 1024 * 2.57 / 1.503e9, rel=1e-3)
   assert many["seconds"] == pytest.approx(4 * weights / 1024 * 16.96 / 1.503e9, rel=1e-3)
   assert few["parts"]["bytes"] > weights * 4.127 / 8 / 819e9
+  # On the line between 256 and 1,024, of which 640 is the middle; two passes of as many.
+  middle = tpu_model.predict("v6e", 4096, 14336, 1280)
+  assert middle["parts"]["steps"] == pytest.approx(
+    2 * weights / 1024 * (2.74 + 5.19) / 2 / tpu_model.CHIPS["v6e"].cycles_s
+  )
   out = tmp_path / "model.json"
   assert tpu_model.main(["--shapes", "4096x14336", "--rows", "16,4096", "--out", str(out)]) == 0
-  assert len(json.loads(out.read_text())) == 2 * len(tpu_model.CHIPS)
+  report = json.loads(out.read_text())
+  assert len(report["results"]) == 2 * len(tpu_model.CHIPS)
+  assert report["ran_on"] is None
   assert "nothing here was run" in capsys.readouterr().out
 
 
@@ -93,7 +100,7 @@ def test_a_tpus_time_is_that_of_its_programs(monkeypatch):
 
 
 def test_the_models_table_is_what_it_predicts():
-  table = json.loads((ROOT / "experiments/results/tpu_model.json").read_text())
+  table = json.loads((ROOT / "experiments/results/tpu_model.json").read_text())["results"]
   assert len(table) == len(tpu_model.CHIPS) * len(tpu_model.SHAPES) * len(tpu_model.ROWS)
   for row in table:
     assert row == tpu_model.predict(row["chip"], row["k"], row["n"], row["rows"])
@@ -102,16 +109,17 @@ def test_the_models_table_is_what_it_predicts():
 @pytest.mark.parametrize("chip", tpu_model.CHIPS)
 def test_the_model_takes_what_was_compiled(chip):
   report = json.loads((ROOT / "experiments/results/tpu_real.json").read_text())
-  for rows, bundles in ((16, tpu_model.DECODE_BUNDLES), (4096, tpu_model.PRODUCT_BUNDLES)):
-    name = f"{rows}x4096x14336-bfloat16-nf4-b64-double"
+  for rows, bundles in tpu_model.BUNDLES[chip].items():
+    # A step takes 1,024 of 4,096.
+    name = f"{4096 if rows == 1024 else rows}x4096x14336-bfloat16-nf4-b64-double"
     (found,) = (
       each
       for each in report["real"]
       if (each["chip"], each["spec"], each["work"]) == (chip, name, "forward")
     )
-    assert bundles[chip] == round(found["bundles_for_1024_weights"], 2)
+    assert bundles == round(found["bundles_for_1024_weights"], 2)
     # A matrix unit's products take as long as they take: no fewer bundles than they fill.
-    least = min(rows, 1024) * 1024 / tpu_model.CHIPS[chip].products
+    least = rows * 1024 / tpu_model.CHIPS[chip].products
     assert found["bundles_for_1024_weights"] > least
 
 

@@ -9,7 +9,8 @@ Compiled, on any machine where libtpu is installed; nothing runs on a TPU. The p
   real     Llama 3's projections with 1 to 4,096 rows: the same, bundles of a step for 1,024
            weights, and the compiler's account of cost and memory beside that of XLA's own program:
            dequantize, then dot. All of them take hours; `--cases` those whose names start so, or
-           any other [rows]x[K]x[N] (NF4 in blocks of 64, bf16); `--without-xla` the kernel alone.
+           any other [rows]x[K]x[N] (NF4 in blocks of 64; bf16, or with -float32 behind it);
+           `--without-xla` the kernel alone.
   decodes  ways to turn codes into levels: bundles, and vector operations, for 1,024 weights.
   strips   bundles of a step of the whole kernel, 4096 → 14336, by which strips go by lane.
   steps    a train step of Llama-3.1-8B's shape, 4 × 2048 tokens on 2 × 2 chips (fsdp × tensor),
@@ -324,12 +325,13 @@ def main(argv: Sequence[str]) -> int:
   for start in starts:
     if any(str(spec).startswith(start) for spec in (*specs.REAL, *specs.SMALL)):
       continue
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", start):
+    shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)(-float32)?", start)
+    if shape is None:
       parser.error(
         f"--cases: no case starts with {start!r}, and it is no [rows]x[K]x[N]; one is {real[0]}"
       )
-    rows, k, n = map(int, start.split("x"))
-    real.append(specs.ArgumentSpec(k, n, (rows,), "bfloat16"))
+    rows, k, n = map(int, shape.groups()[:3])
+    real.append(specs.ArgumentSpec(k, n, (rows,), "float32" if shape[4] else "bfloat16"))
   for given, known, what in ((chips, tpu_compiler.TOPOLOGIES, "chips"), (parts, PARTS, "parts")):
     if unknown := set(given) - set(known):
       parser.error(f"--{what}: {', '.join(sorted(unknown))}; there is {', '.join(known)}")

@@ -167,12 +167,24 @@ def test_a_train_step_is_compiled_over_four_chips(monkeypatch):
 @needs_kernel
 def test_the_compilers_schedules_are_read(tmp_path):
   out = tmp_path / "tpu.json"
-  command = [sys.executable, "-m", "experiments.bench.tpu_compile", "--parts", "decodes"]
+  command = [sys.executable, "-m", "experiments.bench.tpu_compile", "--parts", "decodes,real"]
+  command += ["--chips", "v6e", "--cases", "16x384x1664-float32", "--without-xla"]
   # In a process of its own: the compiler is told at its start to write them.
-  subprocess.run([*command, "--chips", "v6e", "--out", str(out)], cwd=ROOT, check=True)
+  subprocess.run([*command, "--out", str(out)], cwd=ROOT, check=True)
   report = json.loads(out.read_text())
   assert (report["compiled_for"], report["ran_on"]) == (["v6e"], None)
   bundles = {each["decode"]: each["bundles"] for each in report["decodes"]}
   # What the kernel rests on: two units share the work.
   assert min(bundles, key=bundles.__getitem__).startswith("by sublane, each")
   assert 1 < min(bundles.values()) < 3
+  works = [each["work"] for each in report["real"]]
+  assert works == ["forward", "input gradient"]
+  assert all("float32" in each["spec"] and "xla" not in each for each in report["real"])
+  assert all(each["bundles_for_1024_weights"] > 2 for each in report["real"])
+
+
+@needs_kernel
+def test_a_case_is_a_spec_or_a_shape(tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    tpu_compile.main(["--out", str(tmp_path / "tpu.json"), "--cases", "16x256,1x4096x4096"])
+  assert "no case starts with '16x256', and it is no [rows]x[K]x[N]" in capsys.readouterr().err

@@ -13,6 +13,7 @@ def test_a_row_is_read():
   assert (row.as_batch.batch_size, row.as_batch.seq_len) == (32, 128)
   one, other = (trial_groups.Row.parse(f"tiny:{n}x128:none") for n in (1, 4))
   assert one.single == other.single != row.single
+  assert trial_groups.Row.parse("tiny:1x128:none:f32").single != one.single
   for text in trial_groups.ROWS:
     trial_groups.Row.parse(text)
 
@@ -21,8 +22,8 @@ def test_a_row_is_read():
   ("text", "message"),
   [
     ("tiny:4x32", "no row; MODEL:BxT:REMAT"),
-    ("tiny:4x32:none:r0", "'r0'; behind the row stand :rR and :cC"),
-    ("tiny:4x32:none:16bit", "'16bit'; behind the row"),
+    ("tiny:4x32:none:r0", "'r0'; behind it stand :rR and :cC"),
+    ("tiny:4x32:none:16bit", "'16bit'; behind it"),
   ],
 )
 def test_what_is_no_row(text, message):
@@ -54,7 +55,7 @@ def test_a_line_compares_with_one_trial():
 
 @pytest.mark.slow
 def test_a_toy_group(capsys):
-  assert trial_groups.main(["tiny:3x16:elementwise:r2:c8", "--here"]) == 0
+  assert trial_groups.main(["tiny:3x16:elementwise:r2:c8:f32", "--here"]) == 0
   found = json.loads(capsys.readouterr().out)
   assert len(found["first_losses"]) == 3
   assert all(b < a for a, b in zip(found["first_losses"], found["last_losses"], strict=True))

@@ -2,7 +2,7 @@
 
   python -m experiments.bench.trial_groups --out groups.json [ROW …] [--peer]
 
-A row is MODEL:TRIALSxT:REMAT, such as llama-1b:32x128:elementwise (see `train_step.MODELS` and
+A row is MODEL:TRIALSxT:REMAT, such as llama-1b:32x128:elementwise (see `experiments.shapes` and
 `qlora_jax.models.remat`), each trial with a batch of one sequence of T tokens; behind it may stand
 :r8 for adapters of that rank (16), :c256 for the tokens of a trial whose logits exist at once
 (1024), and :f32 to compute in float32. Without any, those of `ROWS`. One trial is trained by the

@@ -6,11 +6,11 @@
 Compiled, on any machine where libtpu is installed; nothing runs on a TPU. The parts:
 
   specs    every small case of `matmul.specs`, forward and input gradient: seconds to compile, VMEM.
-  real     Llama 3's projections with 1 to 4,096 rows: the same, bundles of a step for 1,024
-           weights, and the compiler's account of cost and memory beside that of XLA's own program:
-           dequantize, then dot. All of them take hours; `--cases` those whose names start so, or
-           any other [rows]x[K]x[N] (NF4 in blocks of 64; bf16, or with -float32 behind it);
-           `--without-xla` the kernel alone.
+  real     Llama 3's projections with 1 to 4,096 rows: the same, bundles of a step (of a whole
+           tile) for 1,024 weights, and the compiler's account of cost and memory beside that of
+           XLA's own program: dequantize, then dot. All of them take hours; `--cases` those whose
+           names start so, or any other [rows]x[K]x[N] (NF4 in blocks of 64; bf16, or with -float32
+           behind it); `--without-xla` the kernel alone.
   decodes  ways to turn codes into levels: bundles, and vector operations, for 1,024 weights.
   strips   bundles of a step of the whole kernel, 4096 → 14336, by which strips go by lane.
   steps    a train step of Llama-3.1-8B's shape, 4 × 2048 tokens on 2 × 2 chips (fsdp × tensor),
@@ -305,6 +305,38 @@ def measure_step(chip: str, model_name: str, implementation: str | None) -> dict
   }
 
 
+def chosen(cases: str, parts: Sequence[str]) -> dict[str, list[specs.ArgumentSpec]]:
+  """What `--cases` asks of "real" and "specs".
+
+  Raises:
+    ValueError: a case is in none of `parts`.
+  """
+  small = [spec for spec in specs.SMALL if spec.dtype != "float16"]
+  listed = {"real": list(specs.REAL), "specs": small}
+  found: dict[str, list[specs.ArgumentSpec]] = {part: [] for part in listed}
+  for case in dict.fromkeys(cases.split(",")):
+    shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)(-float32)?", case)
+    if shape:
+      rows, k, n = map(int, shape.groups()[:3])
+      spec = specs.ArgumentSpec(k, n, (rows,), "float32" if shape[4] else "bfloat16")
+      named = {
+        "real": [spec],
+        "specs": [each for each in small if str(each).startswith(f"{case}-")],
+      }
+    else:
+      named = {
+        part: [spec for spec in listed[part] if str(spec).startswith(case)] for part in listed
+      }
+    if case and not any(named[part] for part in named if part in parts):
+      raise ValueError(
+        f"--cases: no case of {', '.join(parts)} starts with {case!r}; one of specs is {small[0]}, "
+        "and real takes any [rows]x[K]x[N]"
+      )
+    for part in found:
+      found[part] += [spec for spec in named[part] if spec not in found[part]]
+  return found
+
+
 def main(argv: Sequence[str]) -> int:
   """Compiles what `argv` asks for, and writes the JSON."""
   parser = argparse.ArgumentParser(
@@ -320,21 +352,13 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument("--model", default="llama-8b", help="of the steps")
   arguments = parser.parse_args(argv)
   chips, parts = arguments.chips.split(","), arguments.parts.split(",")
-  starts = tuple(arguments.cases.split(","))
-  real = list(specs.REAL)
-  for start in starts:
-    if any(str(spec).startswith(start) for spec in (*specs.REAL, *specs.SMALL)):
-      continue
-    shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)(-float32)?", start)
-    if shape is None:
-      parser.error(
-        f"--cases: no case starts with {start!r}, and it is no [rows]x[K]x[N]; one is {real[0]}"
-      )
-    rows, k, n = map(int, shape.groups()[:3])
-    real.append(specs.ArgumentSpec(k, n, (rows,), "float32" if shape[4] else "bfloat16"))
   for given, known, what in ((chips, tpu_compiler.TOPOLOGIES, "chips"), (parts, PARTS, "parts")):
     if unknown := set(given) - set(known):
       parser.error(f"--{what}: {', '.join(sorted(unknown))}; there is {', '.join(known)}")
+  try:
+    cases = chosen(arguments.cases, parts)
+  except ValueError as error:
+    parser.error(str(error))
   if reason := tpu_compiler.unavailable():
     print(f"error: {reason}", file=sys.stderr)
     return 2
@@ -360,13 +384,12 @@ def main(argv: Sequence[str]) -> int:
     if "strips" in parts:
       for every, rows in itertools.product((None, 2, 3, 4, 5), (16, 1024)):
         record("strips", measure_strips(chip, every, rows))
-    for part, cases in (("real", real), ("specs", specs.SMALL)):
+    for part in [each for each in cases if each in parts]:
       counted = part == "real"
       beside_xla = counted and not arguments.without_xla
-      for spec in cases if part in parts else ():
-        if spec.dtype != "float16" and str(spec).startswith(starts):
-          for result in measure_spec(chip, spec, schedules=counted, beside_xla=beside_xla):
-            record(part, result)
+      for spec in cases[part]:
+        for result in measure_spec(chip, spec, schedules=counted, beside_xla=beside_xla):
+          record(part, result)
     if "steps" in parts and chip in _STEP_OPTIONS:
       for implementation in (None, "xla"):
         record("steps", measure_step(chip, arguments.model, implementation))

@@ -81,6 +81,9 @@ def predict(chip_name: str, k: int, n: int, rows: int) -> dict[str, Any]:
   # Few rows fill as much of a matrix unit as 8 do.
   peak = 2 * max(rows, 8) * k * n / chip.flop_s
   bundle = k * n / 1024 / (chip.cores * chip.cycles_s)
+  # The last tile of N is decoded as a whole, and multiplied.
+  width = min(tiles.n, math.ceil(n / 128) * 128)
+  bundle *= math.ceil(n / width) * width / n
   # x again for each tile of N, which is how the grid goes.
   activations = 2 * rows * (k * math.ceil(n / tiles.n) + n)
   a_pass = rows / passes

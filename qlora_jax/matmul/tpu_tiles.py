@@ -146,7 +146,8 @@ class Layout:
 def _cuts(size: int, most: int) -> list[int]:
   """Tiles of whole registers that an axis can be cut into, of at most so much; the best first.
 
-  A tile costs what it holds, of the axis or not, and as much as a register's width more.
+  By a guess: a tile costs what it holds, of the axis or not, and a register's width more. (Of 256
+  columns a step took a quarter to a third more bundles for as many weights than of 1,024.)
   """
   widths = range(_LANES, max(min(most, size + -size % _LANES), _LANES) + 1, _LANES)
   return sorted(widths, key=lambda width: (-(-size // width) * (width + _LANES), -width))
@@ -187,8 +188,8 @@ def product(
   operands = _operands(w, layout)
   # Each pass over the weight takes as many rows, in whole registers.
   passes = pl.cdiv(len(rows), layout.rows)
-  each = pl.cdiv(len(rows), passes)
-  m = each + -each % _BYTE_ROWS if passes > 1 else each
+  m = pl.cdiv(len(rows), passes)
+  m += -m % _BYTE_ROWS if passes > 1 else 0
   # Of the result, and of what is summed over: the whole and a tile.
   (kept, kept_tile), (summed, summed_tile) = (n, layout.n), (_padded(k, layout), layout.k)
   if transposed:
@@ -228,14 +229,15 @@ def product(
       flops=2 * len(rows) * kept * summed,
       # x again for each tile of the result, the weight for each pass; not what stays in VMEM.
       bytes_accessed=rows.nbytes * (grid[1] if grid[2] > 1 else 1)
-      + sum(each.nbytes for each in moved) * (passes if grid[1] * grid[2] > 1 else 1)
+      + sum(array.nbytes for array in moved) * (passes if grid[1] * grid[2] > 1 else 1)
       + len(rows) * kept * x.dtype.itemsize,
       transcendentals=0,
     ),
     interpret=interpret,
     name="quantized_matmul_gradient" if transposed else "quantized_matmul",
   )(layer, *arrays)
-  y = _join_planes(y, w, layout) if transposed else y
+  if transposed:
+    y = _join_planes(y, w, layout)
   return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -256,12 +258,12 @@ class _Operand:
 def _operands(w: QuantizedTensor, layout: Layout) -> list[_Operand]:
   """Codes, levels, scales (one array, or codes, absmax, offset and map), zero-points."""
   columns = -w.shape[1] % _LANES
-  codes = w.codes
+  codes = w.codes if w.stack is None else w.stack.codes
   if layout.ragged:
+    assert w.stack is None
     unit = codes.reshape(-1, plane_rows(w.shape[0], w.bits)[1], codes.shape[1])
     codes = jnp.pad(unit, ((0, 0), (0, layout.plane - unit.shape[1]), (0, 0)))
     codes = codes.reshape(-1, codes.shape[-1])
-  codes = codes if w.stack is None else w.stack.codes
   operands = [
     _Operand(
       codes.reshape(-1, *codes.shape[-2:]),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.bench import matmul, tpu_compile, tpu_compiler, tpu_model
-from qlora_jax.matmul import api
+from qlora_jax.matmul import api, specs
 from qlora_jax.models.transformer import TransformerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,6 +185,36 @@ def test_the_compilers_schedules_are_read(tmp_path):
 
 @needs_kernel
 def test_a_case_is_a_spec_or_a_shape(tmp_path, capsys):
+  def names(cases, parts=("real", "specs")):
+    return {part: [*map(str, found)] for part, found in tpu_compile.chosen(cases, parts).items()}
+
+  everything = names("")
+  assert len(everything["real"]) == len(specs.REAL)
+  assert len(everything["specs"]) == sum(spec.dtype != "float16" for spec in specs.SMALL)
+  # No beginning of a listed one; that one itself; twice.
+  for n in (1433, 14336):
+    case = f"16x4096x{n}"
+    assert names(f"{case},{case}")["real"] == [f"{case}-bfloat16-nf4-b64-double"]
+  assert names("16x128x128-float32")["real"] == ["16x128x128-float32-nf4-b64-double"]
+  assert len(names("16x4096")["real"]) == 2 and names("5x129")["specs"]
+  for case, parts in (("16x25", ["real"]), ("7x7x7", ["specs", "strips"])):
+    with pytest.raises(ValueError, match=f"no case of {', '.join(parts)} starts with '{case}'"):
+      tpu_compile.chosen(case, parts)
   with pytest.raises(SystemExit):
-    tpu_compile.main(["--out", str(tmp_path / "tpu.json"), "--cases", "16x256,1x4096x4096"])
-  assert "no case starts with '16x256', and it is no [rows]x[K]x[N]" in capsys.readouterr().err
+    tpu_compile.main(["--out", str(tmp_path / "tpu.json"), "--cases", "x"])
+  assert "starts with 'x'; one of specs is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chip", tpu_model.CHIPS)
+def test_the_strips_that_go_by_lane_are_backed_by_their_count(chip):
+  from qlora_jax.matmul import tpu_tiles
+
+  report = json.loads((ROOT / "experiments/results/tpu_strips.json").read_text())
+  bundles = {
+    each["each_strip_by_lane"]: each["bundles"]
+    for each in report["strips"]
+    if (each["chip"], each["rows"]) == (chip, 16)
+  }
+  assert len(bundles) == 5
+  assert min(bundles, key=bundles.__getitem__) == tpu_tiles.BY_LANE
+  assert bundles[4] == pytest.approx(tpu_model.BUNDLES[chip][16], abs=0.005)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.matmul.tpu_tiles import Tiles
+from qlora_jax.matmul.tpu_tiles import Tiles, cuts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +82,10 @@ def predict(chip_name: str, k: int, n: int, rows: int) -> dict[str, Any]:
   peak = 2 * max(rows, 8) * k * n / chip.flop_s
   bundle = k * n / 1024 / (chip.cores * chip.cycles_s)
   # The last tile of N is decoded as a whole, and multiplied.
-  width = min(tiles.n, math.ceil(n / 128) * 128)
+  width = cuts_of(n, tiles.n)[0]
   bundle *= math.ceil(n / width) * width / n
   # x again for each tile of N, which is how the grid goes.
-  activations = 2 * rows * (k * math.ceil(n / tiles.n) + n)
+  activations = 2 * rows * (k * math.ceil(n / width) + n)
   a_pass = rows / passes
   ours = {
     "bytes": (passes * k * n * _BYTES_A_WEIGHT + activations) / chip.bytes_s,

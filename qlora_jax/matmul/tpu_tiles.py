@@ -102,7 +102,9 @@ class Layout:
       tile_k = planes(w.bits) * plane
       block = _SUBLANES if in_one_block else 0
     else:
-      cuts = _cuts(k, tiles.k)
+      # Mosaic moves whole tiles of bytes, which an odd number of groups of 3 bits is not, or all.
+      cuts = cuts_of(k, tiles.k)
+      cuts = [each for each in cuts if each == k or not each * w.bits // 8 % _BYTE_ROWS] or cuts
       # Whole blocks in a tile, or whole tiles in a block.
       whole = [each for each in cuts if in_one_block and not _remainder(each, w.block_size)]
       if in_one_block:
@@ -120,7 +122,7 @@ class Layout:
       plane=plane if ragged else GROUP // planes(w.bits),
       ragged=ragged,
       k=tile_k,
-      n=_cuts(n, tiles.n // longer)[0],
+      n=cuts_of(n, tiles.n // longer)[0],
       rows=max(_BYTE_ROWS, tiles.rows // longer // _BYTE_ROWS * _BYTE_ROWS),
       block=block,
       nested=nested,
@@ -143,7 +145,7 @@ class Layout:
     return self.k if self.block == 0 else max(1, self.k // self.block)
 
 
-def _cuts(size: int, most: int) -> list[int]:
+def cuts_of(size: int, most: int) -> list[int]:
   """Tiles of whole registers that an axis can be cut into, of at most so much; the best first.
 
   By a guess: a tile costs what it holds, of the axis or not, and a register's width more. (Of 256

@@ -41,6 +41,10 @@ def test_the_model_names_what_bounds_a_product(tmp_path, capsys):
   assert middle["parts"]["steps"] == pytest.approx(
     2 * weights / 1024 * (2.74 + 5.19) / 2 / tpu_model.CHIPS["v6e"].cycles_s
   )
+  # 11 tiles of 1,024, 2 of 768.
+  for n, decoded in ((11008, 11 * 1024), (1536, 1536)):
+    found = tpu_model.predict("v5e", 4096, n, 16)["parts"]["steps"]
+    assert found == pytest.approx(few["seconds"] * decoded / 14336)
   out = tmp_path / "model.json"
   assert tpu_model.main(["--shapes", "4096x14336", "--rows", "16,4096", "--out", str(out)]) == 0
   report = json.loads(out.read_text())

@@ -126,7 +126,7 @@ def test_several_tiles_of_every_axis():
     ),
     pytest.param(
       ArgumentSpec(640, 700, (3,), codebook="nf3", double_quantization=False),
-      (384, 384),
+      (256, 384),
       marks=pytest.mark.slow,
     ),
     pytest.param(ArgumentSpec(172, 700, (3,)), (192, 384), marks=pytest.mark.slow),
@@ -147,6 +147,13 @@ def test_tiles_are_nearly_as_wide_as_meant():
     w = jax.eval_shape(lambda k=k, n=n: ArgumentSpec(k, n).w(jax.random.key(0)))
     layout = tpu_tiles.Layout.of(w, Tiles())
     assert (layout.k, layout.n, layout.nested) == (1024, 1024, True)
+
+
+@pytest.mark.parametrize("k", [640, 1152, 1280, 2560, 8960])
+def test_a_tile_of_3_bits_is_of_whole_registers_or_all(k):
+  spec = ArgumentSpec(k, 256, codebook="nf3", double_quantization=False)
+  layout = tpu_tiles.Layout.of(jax.eval_shape(lambda: spec.w(jax.random.key(0))), Tiles())
+  assert layout.k == k or layout.byte_rows % 32 == 0
 
 
 def test_what_the_compiler_is_told_to_move():
@@ -373,7 +380,10 @@ def test_xla_finds_levels_without_a_lookup(codebook, monkeypatch):
   [
     ArgumentSpec(256, 128, (16,), "bfloat16"),
     pytest.param(ArgumentSpec(172, 64), marks=pytest.mark.slow),
-    pytest.param(ArgumentSpec(256, 128, codebook="nf3"), marks=pytest.mark.slow),
+    # Several tiles of 3 bits.
+    pytest.param(
+      ArgumentSpec(2560, 128, codebook="nf3", double_quantization=False), marks=pytest.mark.slow
+    ),
     pytest.param(ArgumentSpec(256, 128, codebook="int8"), marks=pytest.mark.slow),
     pytest.param(ArgumentSpec(2176, 2112, (16,), "bfloat16"), marks=pytest.mark.slow),
   ],

@@ -243,7 +243,8 @@ def measure_decode(chip: str, name: str) -> dict[str, Any]:
 def measure_strips(chip: str, every: int | None, rows: int) -> dict[str, Any]:
   """A step of the kernel, forward, where every so many strips go by lane; None: no strip does."""
   spec = specs.ArgumentSpec(4096, 14336, (rows,), "bfloat16")
-  jax.clear_caches()  # what was traced would be taken again
+  # What was traced would be taken again, here and by what follows.
+  jax.clear_caches()
   with mock.patch.object(tpu_tiles, "BY_LANE", every or math.inf):
     result = next(measure_spec(chip, spec, schedules=True))
   jax.clear_caches()
@@ -316,17 +317,12 @@ def chosen(cases: str, parts: Sequence[str]) -> dict[str, list[specs.ArgumentSpe
   found: dict[str, list[specs.ArgumentSpec]] = {part: [] for part in listed}
   for case in dict.fromkeys(cases.split(",")):
     shape = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)(-float32)?", case)
+    start = f"{case}-" if shape else case
+    named = {part: [s for s in listed[part] if str(s).startswith(start)] for part in listed}
     if shape:
       rows, k, n = map(int, shape.groups()[:3])
-      spec = specs.ArgumentSpec(k, n, (rows,), "float32" if shape[4] else "bfloat16")
-      named = {
-        "real": [spec],
-        "specs": [each for each in small if str(each).startswith(f"{case}-")],
-      }
-    else:
-      named = {
-        part: [spec for spec in listed[part] if str(spec).startswith(case)] for part in listed
-      }
+      dtype = "float32" if shape[4] else "bfloat16"
+      named["real"] = [specs.ArgumentSpec(k, n, (rows,), dtype)]
     if case and not any(named[part] for part in named if part in parts):
       raise ValueError(
         f"--cases: no case of {', '.join(parts)} starts with {case!r}; one of specs is {small[0]}, "

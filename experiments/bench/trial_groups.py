@@ -224,9 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       [*command, f"--steps={arguments.steps}"], {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
     )
     if row.trials == 1 and "error" not in found:
-      fastest = singles.setdefault(row.single, found)
-      if found["tokens_per_second"] > fastest["tokens_per_second"]:
-        singles[row.single] = found
+      before = singles.get(row.single, found)
+      singles[row.single] = max(before, found, key=lambda each: each["tokens_per_second"])
     print(line(text, found, singles.get(row.single)), flush=True)
     result = {"row": text, **found}
     if arguments.peer and row.trials == 1:

@@ -196,9 +196,9 @@ def product(
   (kept, kept_tile), (summed, summed_tile) = (n, layout.n), (_padded(k, layout), layout.k)
   if transposed:
     (kept, kept_tile), (summed, summed_tile) = (summed, summed_tile), (kept, kept_tile)
-  # Of its last tile only what there is: beyond it lies anything, also what is no number.
-  last = rows.shape[1] - (pl.cdiv(summed, summed_tile) - 1) * summed_tile
   grid = (passes, pl.cdiv(kept, kept_tile), pl.cdiv(summed, summed_tile))
+  # Of the last tile of it only what there is: beyond that lies anything, also what is no number.
+  last = rows.shape[1] - (grid[2] - 1) * summed_tile
 
   def place(index):
     return lambda i, kept, summed, layer: index(

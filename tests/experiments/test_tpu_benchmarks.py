@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.bench import matmul, tpu_compile, tpu_compiler, tpu_model
-from qlora_jax.matmul import api, specs
+from qlora_jax.matmul import api, specs, tpu_tiles
 from qlora_jax.models.transformer import TransformerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,8 +55,6 @@ def test_the_model_names_what_bounds_a_product(tmp_path, capsys):
 
 @needs_kernel
 def test_one_command_fills_the_table_on_a_tpu(tmp_path, monkeypatch, capsys):
-  from qlora_jax.matmul import tpu_tiles
-
   def busy(function, calls):
     jax.block_until_ready(function())
     return {"us": 50.0, "call_us": 60.0}
@@ -172,7 +170,8 @@ def test_a_train_step_is_compiled_over_four_chips(monkeypatch):
 def test_the_compilers_schedules_are_read(tmp_path):
   out = tmp_path / "tpu.json"
   command = [sys.executable, "-m", "experiments.bench.tpu_compile", "--parts", "decodes,real"]
-  command += ["--chips", "v6e", "--cases", "16x384x1664-float32", "--without-xla"]
+  cases = "16x2048x2048,16x384x1664-float32"
+  command += ["--chips", "v6e", "--cases", cases, "--without-xla"]
   # In a process of its own: the compiler is told at its start to write them.
   subprocess.run([*command, "--out", str(out)], cwd=ROOT, check=True)
   report = json.loads(out.read_text())
@@ -182,9 +181,13 @@ def test_the_compilers_schedules_are_read(tmp_path):
   assert min(bundles, key=bundles.__getitem__).startswith("by sublane, each")
   assert 1 < min(bundles.values()) < 3
   works = [each["work"] for each in report["real"]]
-  assert works == ["forward", "input gradient"]
-  assert all("float32" in each["spec"] and "xla" not in each for each in report["real"])
+  assert works == 2 * ["forward", "input gradient"]
+  assert all("xla" not in each for each in report["real"])
+  assert [each["spec"].split("-")[1] for each in report["real"][::2]] == ["bfloat16", "float32"]
   assert all(each["bundles_for_1024_weights"] > 2 for each in report["real"])
+  # Of the kernel as it is what the model and README have.
+  found = report["real"][0]["bundles_for_1024_weights"]
+  assert found == pytest.approx(tpu_model.BUNDLES["v6e"][16], rel=0.01)
 
 
 @needs_kernel
@@ -211,8 +214,6 @@ def test_a_case_is_a_spec_or_a_shape(tmp_path, capsys):
 
 @pytest.mark.parametrize("chip", tpu_model.CHIPS)
 def test_the_strips_that_go_by_lane_are_backed_by_their_count(chip):
-  from qlora_jax.matmul import tpu_tiles
-
   report = json.loads((ROOT / "experiments/results/tpu_strips.json").read_text())
   bundles = {
     each["each_strip_by_lane"]: each["bundles"]
@@ -221,4 +222,4 @@ def test_the_strips_that_go_by_lane_are_backed_by_their_count(chip):
   }
   assert len(bundles) == 5
   assert min(bundles, key=bundles.__getitem__) == tpu_tiles.BY_LANE
-  assert bundles[4] == pytest.approx(tpu_model.BUNDLES[chip][16], abs=0.005)
+  assert bundles[tpu_tiles.BY_LANE] == pytest.approx(tpu_model.BUNDLES[chip][16], abs=0.005)

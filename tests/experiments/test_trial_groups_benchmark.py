@@ -53,6 +53,27 @@ def test_a_line_compares_with_one_trial():
   assert "failed: no memory" in trial_groups.line("tiny", {"error": "no memory"}, None)
 
 
+def test_a_group_is_compared_with_the_fastest_trial_before_it(monkeypatch, capsys):
+  speeds = {"1x16:none": 100.0, "1x16:full": 50.0, "4x16:full": 300.0, "1x16:none:f32": 40.0}
+
+  def child(command, environment):
+    speed = speeds[command[3].removeprefix("tiny:")]
+    return {
+      "tokens_per_second": speed,
+      "tokens_per_second_with_compiling": speed,
+      "limit": 0.5,
+      "next": "logits",
+      "parts_seconds": {"logits": 0.1},
+      "step_seconds": [1.0],
+      "peak_bytes": None,
+    }
+
+  monkeypatch.setattr(trial_groups.train_step, "child", child)
+  assert trial_groups.main([f"tiny:{row}" for row in speeds]) == 0
+  ratios = [line.split()[3] for line in capsys.readouterr().out.splitlines()]
+  assert ratios == ["1.00×", "0.50×", "3.00×", "1.00×"]
+
+
 @pytest.mark.slow
 def test_a_toy_group(capsys):
   assert trial_groups.main(["tiny:3x16:elementwise:r2:c8:f32", "--here"]) == 0

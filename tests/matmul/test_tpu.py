@@ -214,14 +214,18 @@ def test_no_rows():
 
 def test_a_layers_codes_are_read_in_its_stack():
   # Of whole groups, of any N; of a ragged K the codes are padded, and so the layer's own.
-  for spec, in_place in ((ArgumentSpec(128, 136), True), (ArgumentSpec(12, 128), False)):
+  for spec, tiles, in_place in (
+    (ArgumentSpec(128, 128), DEFAULT, True),
+    (ArgumentSpec(384, 200), Tiles(32, 256, 128), True),
+    (ArgumentSpec(12, 128), DEFAULT, False),
+  ):
     x, _, g = arguments(spec)
     stack = spec.w(jax.random.key(1), (2, 2))
     layer = jax.tree.map(lambda leaf: leaf[1, 0], stack)
     own = jnp.zeros_like(layer.codes) if in_place else layer.codes
     where = Stack(stack.codes if in_place else jnp.zeros_like(stack.codes), jnp.int32(2))
-    found = interpreted(x, dataclasses.replace(layer, codes=own, stack=where), g)
-    jax.tree.map(np.testing.assert_array_equal, found, interpreted(x, layer, g))
+    found = interpreted(x, dataclasses.replace(layer, codes=own, stack=where), g, tiles)
+    jax.tree.map(np.testing.assert_array_equal, found, interpreted(x, layer, g, tiles))
 
 
 def test_a_layer_of_a_layer_remembers_the_whole_stack(monkeypatch):
@@ -287,14 +291,19 @@ def test_a_model_reads_the_layers_of_its_stacks(kwargs, monkeypatch):
   assert read and None not in read
 
 
-def test_a_batch_of_weights():
-  spec = ArgumentSpec(128, 16, (3,))
-  x = jax.random.normal(jax.random.key(0), (2, 3, 128))
+@pytest.mark.parametrize(
+  ("k", "n", "tiles"), [(128, 16, DEFAULT), (384, 300, Tiles(32, 256, 256))], ids=str
+)
+def test_a_batch_of_weights(k, n, tiles):
+  spec = ArgumentSpec(k, n, (3,))
+  x = jax.random.normal(jax.random.key(0), (2, 3, k))
+  g = jax.random.normal(jax.random.key(2), (2, 3, n))
   w = spec.w(jax.random.key(1), (2,))
-  product = functools.partial(tpu_tiles.product, interpret=True)
-  y = jax.jit(jax.vmap(product))(x, w)
+  y, dx = jax.vmap(functools.partial(interpreted, tiles=tiles))(x, w, g)
   for i in range(2):
-    assert_product(y[i], x[i], dequantize(w)[i])
+    dense = np.asarray(dequantize(w)[i])
+    assert_product(y[i], x[i], dense)
+    assert_product(dx[i], g[i], dense.T)
 
 
 # The choice
@@ -380,11 +389,13 @@ def test_xla_finds_levels_without_a_lookup(codebook, monkeypatch):
   [
     ArgumentSpec(256, 128, (16,), "bfloat16"),
     pytest.param(ArgumentSpec(172, 64), marks=pytest.mark.slow),
+    pytest.param(ArgumentSpec(256, 128, codebook="nf3"), marks=pytest.mark.slow),
     # Several tiles of 3 bits.
     pytest.param(
       ArgumentSpec(2560, 128, codebook="nf3", double_quantization=False), marks=pytest.mark.slow
     ),
     pytest.param(ArgumentSpec(256, 128, codebook="int8"), marks=pytest.mark.slow),
+    pytest.param(ArgumentSpec(2048, 2048, (16,), "bfloat16"), marks=pytest.mark.slow),
     pytest.param(ArgumentSpec(2176, 2112, (16,), "bfloat16"), marks=pytest.mark.slow),
   ],
   ids=str,
@@ -402,11 +413,14 @@ def test_forward_and_gradient_compile(chip, spec):
   assert tpu_compile.vmem_bytes(compiled) < tpu_compile.VMEM[chip] / 2
   if spec.k * spec.n > 2**19:
     # No weight is written, neither of x's dtype nor packed, as of another type.
-    # (v5p lays out the absmax ahead of the kernel, 2 MB of each such weight, small or large.)
-    assert compiled.memory_analysis().temp_size_in_bytes < w.codes.size
+    # (v5p lays out the absmax of short runs ahead of the kernel, a register of lanes an output.)
+    most = w.codes.size if (chip, spec.k) == ("v5p", 2176) else w.codes.size / 2
+    assert compiled.memory_analysis().temp_size_in_bytes < most
     assert not re.search(rf"(s8|s32|bf16)\[({w.codes.shape[0]}|{spec.k}),{spec.n}\]", text)
-    # Nor padded.
-    assert not re.search(rf"\[{w.codes.shape[0]},{spec.n + 64}\]", text)
+    if spec.n % 128:
+      # Nor padded.
+      padded = spec.n + -spec.n % 128
+      assert not re.search(rf"\[{w.codes.shape[0]},{padded}\]", text)
 
 
 def sliced(text, codes):

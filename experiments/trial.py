@@ -421,7 +421,7 @@ def _train_step(
   config: ExperimentConfig, model: Transformer, optimizer: Any, shared: Shared
 ) -> Any:
   """The jitted step, one for all trials that it serves."""
-  train = config.train
+  train, model = config.train, model.clone(unroll=config.model.unroll)
   return shared.once(
     "train_step",
     (model, config.optimizer, train.steps, train.loss_chunk, train.z_loss),

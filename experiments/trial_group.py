@@ -182,15 +182,16 @@ def _wide(trainings: Sequence[Training]) -> TrainState:
 def _step(training: Training, shared: Shared) -> trial_groups.GroupStep:
   """The step of a group, one for all groups that it serves."""
   train = training.config.train
+  model = training.model.clone(unroll=training.config.model.unroll)
   # Learning rates are data, so those of the config stand in no program.
   cfg = dataclasses.replace(
     training.config.optimizer, learning_rate=1.0, schedule="constant", warmup_steps=0
   )
   return shared.once(
     "group_step",
-    (training.model, cfg, train.steps, train.loss_chunk, train.z_loss),
+    (model, cfg, train.steps, train.loss_chunk, train.z_loss),
     lambda: trial_groups.make_group_step(
-      training.model,
+      model,
       functools.partial(optimizers.make, cfg, train.steps),
       train.loss_chunk,
       train.z_loss,

@@ -109,6 +109,8 @@ class ModelConfig(_Section):
     attention: how it is computed; auto: by the fastest that serves the case.
     mlp_chunk: tokens of a row whose wide activations exist at once, at most, for long rows; None
       for all.
+    unroll: whether a training step computes its layers in a row, not in a loop: faster where remat
+      keeps much of each, for a longer compilation.
   """
 
   path: str | None = None
@@ -119,6 +121,7 @@ class ModelConfig(_Section):
   table_bits: int | None = None
   attention: Literal["auto", "plain", "blockwise", "cudnn"] = "auto"
   mlp_chunk: int | None = None
+  unroll: bool = False
 
   _name: typing.ClassVar[str] = "model"
 
@@ -127,6 +130,10 @@ class ModelConfig(_Section):
     self._require(self.table_bits in (None, 4, 8), "table_bits", "4, 8 or None")
     if self.mlp_chunk is not None:
       self._at_least(1, "mlp_chunk")
+    paired = self.unroll and self.remat == "offload_pairs"
+    self._require(
+      not paired, "unroll", "False with remat 'offload_pairs', whose pairs are a loop's"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

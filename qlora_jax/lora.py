@@ -79,8 +79,8 @@ _TINY = np.float32(2.0**-126)
 # Read by a lookup, not by a product.
 _LOOKUP = "/embedding"
 
-# What remat policies know x · A by.
-LOW_RANK = "low_rank"
+# What remat policies know by name: x · A, and A and B rounded to the compute dtype.
+LOW_RANK, ROUNDED = "low_rank", "rounded"
 
 # A base with the one and not the other ties them.
 TABLE, HEAD = "embed/embedding", "head/kernel"
@@ -676,7 +676,7 @@ def apply(
   if key is not None and dropout is not None:
     kept = jax.random.uniform(key, x.shape, jnp.float32) >= dropout
     x = jnp.where(kept, x / (1 - dropout).astype(x.dtype), 0)
-  low_rank = checkpoint_name(jnp.matmul(x, a.astype(x.dtype)), LOW_RANK)
+  low_rank = checkpoint_name(jnp.matmul(x, _rounded(a, x.dtype)), LOW_RANK)
   return _expand(low_rank, b, scaling, x.dtype)
 
 
@@ -728,7 +728,14 @@ def _expand(h: jax.Array, b: jax.Array, scaling: jax.Array, dtype: DTypeLike) ->
       )
     scaling = scaling.reshape(len(scaling), *[1] * (h.ndim - 2), -1)
   # s multiplies where the array is narrowest.
-  return jnp.matmul((h.astype(jnp.float32) * scaling).astype(dtype), b.astype(dtype))
+  return jnp.matmul((h.astype(jnp.float32) * scaling).astype(dtype), _rounded(b, dtype))
+
+
+def _rounded(factor: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """A or B as a product reads it; what already has the dtype is no policy's to keep."""
+  if factor.dtype == dtype:
+    return factor
+  return checkpoint_name(factor.astype(dtype), ROUNDED)
 
 
 def dora_scale(

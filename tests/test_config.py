@@ -41,6 +41,7 @@ EVERYTHING_CHANGED = {
     "table_bits": 8,
     "attention": "plain",
     "mlp_chunk": 100,
+    "unroll": True,
   },
   "pretrain": {
     "steps": 7,

@@ -5,12 +5,13 @@
 A row is MODEL:BxT:REMAT, such as llama-8b:4x2048:full (see `shapes` and `qlora_jax.models.remat`),
 with :16bit behind it for a base that is not quantized, :tables8 or :tables4 for a token table and a
 head that are, too, :adam-8bit and the like for how Adam's moments are kept, :chunk2048 for MLPs in
-chunks; without any, those of `ROWS`. Each runs in a process of its own, so that peaks are its own:
-random weights of that shape, made and quantized (NF4 in blocks of 64, double quantization) layer by
-layer on the device, LoRA of rank 16 on every projection, bf16, AdamW, the same batch again and
-again, at least 20 steps; two where one takes over ten seconds, the second timed; one where it takes
-over two minutes, which is timed as it is, the first of its process. The loss must fall where there
-are two, and the gradient not be zero; the line says of how few steps it is.
+chunks, :unroll for layers in a row and not in a loop; without any, those of `ROWS`. Each runs in a
+process of its own, so that peaks are its own: random weights of that shape, made and quantized (NF4
+in blocks of 64, double quantization) layer by layer on the device, LoRA of rank 16 on every
+projection, bf16, AdamW, the same batch again and again, at least 20 steps; two where one takes over
+ten seconds, the second timed; one where it takes over two minutes, which is timed as it is, the
+first of its process. The loss must fall where there are two, and the gradient not be zero; the line
+says of how few steps it is.
 
 The last column is the share of the time that the step's products, attention's included, would take
 at the speed of a large bf16 product measured in the same process. `--peer` runs the same step in
@@ -92,6 +93,7 @@ class Row:
   table_bits: int | None = None
   adam: Storage = "float32"
   mlp_chunk: int | None = None
+  unroll: bool = False
 
   @classmethod
   def parse(cls, text: str) -> "Row":
@@ -132,6 +134,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
   "adam-8bit": {"adam": "8bit"},
   "adam-host": {"adam": "host"},
   "chunk2048": {"mlp_chunk": 2048},
+  "unroll": {"unroll": True},
 }
 
 
@@ -245,21 +248,25 @@ def _optimizer(storage: Storage) -> optax.GradientTransformation:
   return stored(optax.adamw(2e-4), storage)
 
 
+def _model(row: Row) -> Transformer:
+  how: dict[str, Any] = {"remat": row.remat, "mlp_chunk": _mlp_chunk(row), "unroll": row.unroll}
+  return Transformer(architecture(row.model), **how)
+
+
 def build(row: Row) -> tuple[Any, Any, Any, Any]:
   """The jitted step, and its state, base and batch."""
-  config = architecture(row.model)
-  model = Transformer(config, remat=row.remat, mlp_chunk=_mlp_chunk(row))  # pyright: ignore
+  model = _model(row)
   frozen = random_base(model, row.quantized, row.table_bits)
   optimizer = _optimizer(row.adam)
   params, constants = lora.init(jax.random.key(1), frozen, _LORA)
   state = init_state(params, constants, optimizer, seed=0, dtype=model.dtype)
-  batch = random_batch((1, row.batch_size, row.seq_len), config.vocab_size)
+  batch = random_batch((1, row.batch_size, row.seq_len), model.config.vocab_size)
   return make_train_step(model, optimizer), state, frozen, batch
 
 
 def abstract(row: Row) -> tuple[Any, Any, Any, Any]:
   """What `build` gives, as shapes."""
-  model = Transformer(architecture(row.model), remat=row.remat, mlp_chunk=_mlp_chunk(row))  # pyright: ignore
+  model = _model(row)
   own = rules(model.config, row.quantized, row.table_bits)
   frozen = checkpoint.abstract_base(model, own, jnp.bfloat16)
   optimizer = _optimizer(row.adam)

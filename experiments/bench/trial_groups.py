@@ -5,11 +5,12 @@
 A row is MODEL:TRIALSxT:REMAT, such as llama-1b:32x128:elementwise (see `experiments.shapes` and
 `qlora_jax.models.remat`), each trial with a batch of one sequence of T tokens; behind it may stand
 :r8 for adapters of that rank (16), :c256 for the tokens of a trial whose logits exist at once
-(1024), and :f32 to compute in float32. Without any, those of `ROWS`. One trial is trained by the
-step of a single training (`train.make_train_step`), more by that of a group
-(`trial_groups.make_group_step`). Each row runs in a process of its own: random weights made and
-quantized on the device as by `train_step`, AdamW, a learning rate and a seed for each trial, the
-same batch again and again. Each trial's loss must fall and its gradient not be zero.
+(1024), :f32 to compute in float32, and :unroll for layers in a row (`Transformer.unroll`). Without
+any, those of `ROWS`. One trial is trained by the step of a single training
+(`train.make_train_step`), more by that of a group (`trial_groups.make_group_step`). Each row runs
+in a process of its own: random weights made and quantized on the device as by `train_step`, AdamW,
+a learning rate and a seed for each trial, the same batch again and again. Each trial's loss must
+fall and its gradient not be zero.
 
 Beside the speed stand its ratio to the model's fastest row of one trial before it (or, `compiled`,
 with the seconds to compile counted into `--steps` steps of each), the share of the time that the
@@ -49,6 +50,7 @@ ROWS = (
   "llama-8b:8x512:elementwise",
 )
 
+_OPTIONS: dict[str, dict[str, Any]] = {"f32": {"dtype": "float32"}, "unroll": {"unroll": True}}
 _STEPS = 1000
 _OPTIMIZER = OptimizerConfig(schedule="constant", warmup_steps=0, clip_norm=1.0)
 # Of a group of steps that is timed.
@@ -66,10 +68,11 @@ class Row:
   rank: int = 16
   loss_chunk: int = 1024
   dtype: str = "bfloat16"
+  unroll: bool = False
 
   @classmethod
   def parse(cls, text: str) -> "Row":
-    """From MODEL:TRIALSxT:REMAT, with :rR, :cC and :f32 behind it.
+    """From MODEL:TRIALSxT:REMAT, with :rR, :cC, :f32 and :unroll behind it.
 
     Raises:
       ValueError: it is none.
@@ -77,12 +80,14 @@ class Row:
     options = {}
     parts = text.split(":")
     for part in parts[3:]:
-      if part == "f32":
-        options["dtype"] = "float32"
+      if part in _OPTIONS:
+        options |= _OPTIONS[part]
         continue
       name = {"r": "rank", "c": "loss_chunk"}.get(part[:1])
       if name is None or not part[1:].isdigit() or int(part[1:]) < 1:
-        raise ValueError(f"{text!r}: {part!r}; behind it stand :rR and :cC, of 1 or more, and :f32")
+        raise ValueError(
+          f"{text!r}: {part!r}; behind it stand :rR and :cC, of 1 or more, :f32, :unroll"
+        )
       options[name] = int(part[1:])
     # Trials take the place of a batch's sequences.
     one = train_step.Row.parse(":".join(parts[:3]))
@@ -102,7 +107,7 @@ class Row:
 def build(row: Row, frozen: Any = None) -> tuple[Any, Any]:
   """The jitted step, and its arguments; `frozen`: shapes, for a step that is only lowered."""
   config = train_step.architecture(row.model)
-  model = Transformer(config, jnp.dtype(row.dtype), remat=row.remat)  # pyright: ignore[reportArgumentType]
+  model = Transformer(config, jnp.dtype(row.dtype), row.remat, unroll=row.unroll)  # pyright: ignore[reportArgumentType]
   frozen = train_step.random_base(model, quantized=True) if frozen is None else frozen
   cfg = lora.LoRAConfig(rank=row.rank)
   optimizer = optimizers.make(_OPTIMIZER, _STEPS)

@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from qlora_jax.lora import LOW_RANK
+from qlora_jax.lora import LOW_RANK, ROUNDED
 from qlora_jax.models.attention import ATTENTION
 
 RematPolicy = Literal["offload", "offload_pairs", "full", "mlp", "elementwise", "none"]
@@ -53,23 +53,28 @@ def named(name: str, *arrays: jax.Array) -> Any:
   return found if len(arrays) > 1 else found[0]
 
 
-def block(module: type[nn.Module], policy: str) -> Any:
-  """`module`, a layer (or of "offload_pairs" a pair) that a scan runs, under a policy by name.
+def block(module: type[nn.Module], policy: str, *, scanned: bool = True) -> Any:
+  """`module`, a layer (or of "offload_pairs" a pair), under a policy by name.
+
+  Args:
+    scanned: whether a scan runs it, which by itself keeps XLA from merging a layer's computations
+      in the two passes, and so from keeping the weights that the first has decoded.
 
   Raises:
     ValueError: no such policy.
   """
   if policy not in REMAT_POLICIES:
     raise ValueError(f"remat: {policy!r}; one of {', '.join(REMAT_POLICIES)}")
-  if policy == "none":
+  if policy == "none" and scanned:
     return module
-  # A scan already keeps XLA from merging a layer's two computations.
-  return nn.remat(module, prevent_cse=False, policy=_policy(policy))
+  return nn.remat(module, prevent_cse=not scanned, policy=_policy(policy, scanned))
 
 
-def _policy(name: str) -> Callable[..., Any] | None:
+def _policy(name: str, scanned: bool) -> Callable[..., Any] | None:
   if name == "full":
     return None
+  if name == "none":
+    return jax.checkpoint_policies.everything_saveable
   if name in OFFLOADING:
     return jax.checkpoint_policies.save_and_offload_only_these_names(
       names_which_can_be_saved=(),
@@ -78,6 +83,9 @@ def _policy(name: str) -> Callable[..., Any] | None:
       offload_dst="pinned_host",
     )
   names = _MLP_KEEPS if name == "mlp" else (*_MLP_KEEPS, WIDE)
+  if not scanned:
+    # What is read of an adapter is read where it lies; a loop would copy either.
+    names = (*names, ROUNDED)
   return jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(*names), _is_fused_attention
   )

@@ -24,12 +24,13 @@ from qlora_jax.linen import (
   lend_stacks,
   plain_weight,
 )
-from qlora_jax.matmul import sharded
+from qlora_jax.matmul import sharded, stacked
 from qlora_jax.models import remat
 from qlora_jax.models.attention import AttentionName, Case, Visible, attend, choose
 from qlora_jax.models.mlp import ACTIVATIONS, MLP, Experts, in_chunks
 from qlora_jax.models.remat import RematPolicy
 from qlora_jax.models.rope import Rope, rotate
+from qlora_jax.quantized_tensor import QuantizedTensor
 
 # The KV cache: {"k", "v": [L, B, Hkv, S, h], "segment_ids", "positions": [B, S], "index": []}.
 Cache = dict[str, jax.Array]
@@ -382,6 +383,30 @@ def _scanned(block: Any, length: int) -> Any:
   )
 
 
+class _Layer(nn.Module):
+  """A layer by the path that it has in a scan."""
+
+  layers: nn.Module
+
+  def __call__(self, *operands):
+    return self.layers(*operands)
+
+
+def _parts(variables: Any, length: int) -> list[Any]:
+  """A scan's variables, one tree for each layer."""
+
+  def split(leaf: Any) -> list[Any]:
+    if isinstance(leaf, QuantizedTensor):
+      leaves, structure = jax.tree.flatten(leaf)
+      layers = map(structure.unflatten, zip(*map(split, leaves), strict=True))
+      return [stacked.remembering(layer, leaf, i) for i, layer in enumerate(layers)]
+    # Of a split, unlike of slices, the gradient is one concatenation.
+    return [part[0] for part in jax.lax.split(leaf, (1,) * length)]
+
+  leaves, structure = jax.tree.flatten(variables, lambda x: isinstance(x, QuantizedTensor))
+  return list(map(structure.unflatten, zip(*map(split, leaves), strict=True)))
+
+
 def _in_pairs(tree: Any) -> Any:
   """Every `[L, …]` of a tree as `[L / 2, 2, …]`."""
   return jax.tree.map(lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:]), tree)
@@ -402,6 +427,9 @@ class Transformer(nn.Module):
     mlp_chunk: of each row, tokens whose wide activations in an MLP exist at once, at most (see
       `mlp.chunk_length`); None for all. The backward pass computes a chunk's again, and each draws
       a dropout mask of its own. (Not of experts, which go by tiles as it is.)
+    unroll: whether training computes the layers in a row, not in a loop, which would copy what its
+      policy keeps of each to a stack: faster, the more is kept, but compiling takes longer the more
+      layers there are. (Each draws another dropout mask. With a cache there is always a loop.)
   """
 
   config: TransformerConfig
@@ -410,9 +438,12 @@ class Transformer(nn.Module):
   implementation: str | None = None
   attention: AttentionName | None = None
   mlp_chunk: int | None = None
+  unroll: bool = False
 
   def setup(self):
     config = self.config
+    if self.unroll and self.remat == "offload_pairs":
+      raise ValueError("unroll: True with remat 'offload_pairs', whose pairs are a loop's")
     if self.mlp_chunk is not None and self.mlp_chunk < 1:
       raise ValueError(f"mlp_chunk: {self.mlp_chunk}; at least 1, or None")
     if self.remat == "offload_pairs" and config.num_layers % 2:
@@ -430,7 +461,7 @@ class Transformer(nn.Module):
       layers = nn.map_variables(layers, collections, _in_pairs)
     # Those that are being made have no stacks yet.
     layers = layers if self.is_initializing() else lend_stacks(layers)
-    self.layers = layers(config, self.dtype, self.implementation, self.attention, self.mlp_chunk)
+    self.layers = layers(config, self.dtype, *self._how)
     self.final_norm = RMSNorm(config.norm_eps, self.dtype, float(config.unit_offset))
     if config.tie_embeddings:
       self.head: Any = TiedHead(self.dtype)
@@ -441,6 +472,11 @@ class Transformer(nn.Module):
         output_dtype=jnp.float32,
         implementation=self.implementation,
       )
+
+  @property
+  def _how(self) -> tuple[str | None, AttentionName | None, int | None]:
+    """What a layer is told beside its config and dtype."""
+    return self.implementation, self.attention, self.mlp_chunk
 
   @property
   def _paired(self) -> bool:
@@ -495,12 +531,31 @@ class Transformer(nn.Module):
       # In the carry, not an output of each layer: that would be a second cache, written anew.
       stacks = {"k": cache["k"], "v": cache["v"]}
     by_layer = (kind, layer)
+    if self.unroll and cache is None and not self.is_initializing():
+      return self._in_a_row(x, rotary, visible, kind), None
     if self._paired:
       by_layer = _in_pairs(by_layer)
     (y, written), _ = self.layers((x, stacks), rotary, visible, index, *by_layer)
     if cache is None:
       return y, None
     return y, {**written, **keys, "index": cache["index"] + x.shape[1]}
+
+  def _in_a_row(self, x, rotary, visible, kind):
+    """As the scan over layers, of which each is traced for itself."""
+    length = self.config.num_layers
+    block = remat.block(Block, self.remat, scanned=False)
+    layer = _Layer(block(self.config, self.dtype, *self._how, parent=None), parent=None)
+    kinds = [None] * length if kind is None else list(kind)
+    keys: Any = [None] * length
+    if self.has_rng("dropout"):
+      keys = jax.random.split(self.make_rng("dropout"), length)
+    for kind, key, variables in zip(
+      kinds, keys, _parts(self.layers.variables, length), strict=True
+    ):
+      rngs = None if key is None else {"dropout": key}
+      variables = {name: {"layers": tree} for name, tree in variables.items()}
+      (x, _), _ = layer.apply(variables, (x, None), rotary, visible, None, kind, None, rngs=rngs)  # pyright: ignore
+    return x
 
   def _positions(self, x, segment_ids, positions):
     """Positions of queries, those of keys, and which keys each query may see.

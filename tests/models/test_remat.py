@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from qlora_jax import lora
+from qlora_jax import lora, quantize
 from qlora_jax.models.mlp import chunk_length
 from qlora_jax.models.remat import REMAT_POLICIES
 from qlora_jax.models.transformer import Transformer, TransformerConfig
@@ -65,6 +65,79 @@ def test_no_policy_changes_a_number(options):
     jax.tree.map(
       lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found, gradients
     )
+
+
+FEW = dataclasses.replace(CONFIG, num_layers=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["offload", "elementwise"])
+def test_layers_in_a_row_compute_what_a_loop_does(policy):
+  function, params = gradient_of(policy, FEW)
+  expected, gradients = jax.jit(function)(params)
+  function, params = gradient_of(policy, FEW, unroll=True)
+  value, found = jax.jit(function)(params)
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found, gradients
+  )
+
+
+def test_layers_in_a_row_are_in_no_stack():
+  function, params = gradient_of("elementwise", FEW, unroll=True)
+  program: Any = jax.jit(function).lower(params).compile().as_text()
+  assert "while" not in str(jax.make_jaxpr(function)(params))
+  assert "dynamic-update-slice" not in program
+  with pytest.raises(ValueError, match="unroll: True with remat 'offload_pairs'"):
+    gradient_of("offload_pairs", FEW, unroll=True)[0](params)
+
+
+@pytest.mark.parametrize("policy", ["full", "elementwise", "none"])
+def test_layers_in_a_row_keep_no_weight_that_was_decoded(policy):
+  """Merged by the compiler, the forward pass's would wait for the backward pass."""
+  config = dataclasses.replace(
+    CONFIG, num_layers=8, hidden_size=64, intermediate_size=512, head_dim=32
+  )
+  frozen, params, constants = trees(config)
+  frozen = jax.tree.map(lambda w: quantize(w) if w.ndim == 3 else w, frozen)
+  model = Transformer(config, jnp.float32, policy, unroll=True)
+  tokens = TOKENS[:1, :8]
+
+  def loss(params):
+    variables = {"params": params, "constants": constants, "frozen": frozen}
+    hidden: Any = model.apply(variables, tokens, method="hidden")
+    return jnp.square(hidden).sum()
+
+  # The suite's compiler leaves out what would merge the two.
+  assert str(jax.make_jaxpr(jax.grad(loss))(params)).count("prevent_cse=True") == 8
+  analysis: Any = jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis()
+  layer = 4 * 64 * (3 * 512 + 4 * 64)
+  assert analysis.temp_size_in_bytes < 4 * layer
+
+
+def test_layers_in_a_row_are_named_in_messages():
+  frozen, params, constants = trees(FEW)
+  short = jax.tree.map(lambda x: x, frozen)
+  short["layers"]["mlp"]["up"]["kernel"] = short["layers"]["mlp"]["up"]["kernel"][:, :, 1:]
+  model = Transformer(FEW, jnp.float32, unroll=True)
+  with pytest.raises(ValueError, match="layers/mlp/up/kernel: shape"):
+    model.apply({"params": params, "constants": constants, "frozen": short}, TOKENS)
+
+
+def test_layers_in_a_row_draw_masks_of_their_own():
+  frozen, params, _ = trees(FEW)
+  _, constants = lora.init(jax.random.key(2), frozen, lora.LoRAConfig(rank=3, dropout=0.5))
+  model = Transformer(FEW, jnp.float32, "full", unroll=True)
+
+  def hidden(seed):
+    variables = {"params": params, "constants": constants, "frozen": frozen}
+    rngs = {"dropout": jax.random.key(seed)}
+    return model.apply(variables, TOKENS, method="hidden", rngs=rngs)
+
+  np.testing.assert_array_equal(hidden(1), hidden(1))
+  assert not np.array_equal(hidden(1), hidden(2))
+  jaxpr = str(jax.make_jaxpr(hidden)(1))
+  assert jaxpr.count("random_split") == 1
 
 
 def test_an_odd_layer_has_no_pair():

@@ -96,7 +96,7 @@ def test_layers_in_a_row_are_in_no_stack():
 def test_layers_in_a_row_keep_no_weight_that_was_decoded(policy):
   """Merged by the compiler, the forward pass's would wait for the backward pass."""
   config = dataclasses.replace(
-    CONFIG, num_layers=8, hidden_size=64, intermediate_size=512, head_dim=32
+    CONFIG, num_layers=6, hidden_size=64, intermediate_size=512, head_dim=32
   )
   frozen, params, constants = trees(config)
   frozen = jax.tree.map(lambda w: quantize(w) if w.ndim == 3 else w, frozen)
@@ -109,10 +109,10 @@ def test_layers_in_a_row_keep_no_weight_that_was_decoded(policy):
     return jnp.square(hidden).sum()
 
   # The suite's compiler leaves out what would merge the two.
-  assert str(jax.make_jaxpr(jax.grad(loss))(params)).count("prevent_cse=True") == 8
+  assert str(jax.make_jaxpr(jax.grad(loss))(params)).count("prevent_cse=True") == 6
   analysis: Any = jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis()
   layer = 4 * 64 * (3 * 512 + 4 * 64)
-  assert analysis.temp_size_in_bytes < 4 * layer
+  assert analysis.temp_size_in_bytes < 3.5 * layer
 
 
 def test_layers_in_a_row_are_named_in_messages():

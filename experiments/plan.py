@@ -116,6 +116,8 @@ def text(
       f"fastest that fits: {fastest}; {config.train.steps} steps take {_duration(total)}, without "
       "loading, compiling and evaluating"
     )
+  if config.model.unroll:
+    lines.append("model.unroll: bytes and times are those of a loop over the layers")
   if config.train.compare_16bit:
     lines.append(
       "train.compare_16bit trains on the base in 16 bits as well, which is not counted: plan that "
@@ -161,6 +163,8 @@ def fitted(rows: Sequence[dict[str, Any]]) -> tuple[plan.Constants, list[dict[st
     if "error" in found:
       continue
     row = train_step.Row.parse(entry["row"])
+    if row.unroll:
+      raise ValueError(f"{entry['row']}: the plan counts a loop over the layers; leave the row out")
     step = train_step.plan_step(row)
     device = train_step.planned_device(found["device"])
     if device is None:

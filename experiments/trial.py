@@ -457,7 +457,8 @@ def _fastest_remat(
 
   leaves, structure = jax.tree.flatten(arguments)
   shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-  policy = shared.once("remat", (model, config.optimizer, structure, shapes), find, keep=16)
+  asked = (model, config.model.unroll, config.optimizer, structure, shapes)
+  policy = shared.once("remat", asked, find, keep=16)
   write_json(kept, {"policy": policy})
   return policy
 
@@ -1002,6 +1003,8 @@ def dry_run(config: ExperimentConfig) -> str:
   for name in ("base", "adapters", "optimizer", "activations"):
     lines.append(f"  {name:12}{_size(getattr(counted, name)):>10}")
   lines.append("  (activations: temporaries of the train step, compiled for the CPU)")
+  if config.model.unroll:
+    lines.append("  (model.unroll: counted as a loop over the layers)")
   if config.model.remat == "auto":
     lines.append("  (remat auto: counted as full; a run keeps more where it fits)")
   quantization = config.base_quantization

@@ -110,7 +110,7 @@ class ModelConfig(_Section):
     mlp_chunk: tokens of a row whose wide activations exist at once, at most, for long rows; None
       for all.
     unroll: whether a training step computes its layers in a row, not in a loop: faster where remat
-      keeps much of each, for a longer compilation.
+      keeps much of each (elementwise), but compiled more slowly; of "full" it only takes memory.
   """
 
   path: str | None = None

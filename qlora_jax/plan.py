@@ -250,6 +250,7 @@ class Planner:
 
   Args:
     model: its config, dtype and choice of attention are read; remat and mlp_chunk are the steps'.
+      Counted is a loop over its layers, whatever its `unroll`.
     frozen: arrays or shapes.
     params, constants, opt_state: likewise.
   """
@@ -447,7 +448,9 @@ class Planner:
       leaves, structure = jax.tree.flatten([{"layers": tree.get("layers", {})} for tree in trees])
       # By blocks as much is kept as by cuDNN's kernel, and that can be traced anywhere.
       name = "plain" if plain else "blockwise"
-      model = self._model.clone(remat=step.remat, mlp_chunk=chunk, attention=name)
+      how: dict[str, Any] = {"remat": step.remat, "mlp_chunk": chunk, "attention": name}
+      # Counted is a loop, which stacks what it keeps.
+      model = self._model.clone(unroll=False, **how)
       return _kept_bytes(model, tuple(leaves), structure, (rows, length))  # pyright: ignore
 
     if step.remat == "none" and experts:

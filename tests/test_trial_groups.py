@@ -126,6 +126,23 @@ def test_a_masked_trial_stays_and_the_others_do_not_change_by_a_bit(step, frozen
              for ours, theirs in zip(metrics, trained[1], strict=True))  # fmt: skip
 
 
+def test_layers_in_a_row_train_a_padded_trial_alike(model, frozen, states, trained):
+  make = functools.partial(optimizers.make, config_of(7.0), STEPS)
+  row = model.clone(unroll=True, remat="elementwise")
+  step = trial_groups.make_group_step(row, make, loss_chunk=16, z_loss=1e-4)
+  found, metrics = train_group(step, frozen, states, RATES, range(3))
+  # The second has dropout, whose masks are others.
+  for ours, theirs in zip(metrics, trained[1], strict=True):
+    np.testing.assert_allclose(ours["loss"][[0, 2]], theirs["loss"][[0, 2]], rtol=2e-5)
+  expected = tree_paths.leaves(trained[0].params)
+  for path, leaf in tree_paths.leaves(found.params).items():
+    whole = np.asarray(expected[path])
+    np.testing.assert_allclose(leaf[2], whole[2], rtol=1e-3, atol=2e-5, err_msg=path)
+    if path.endswith("/lora_b"):
+      # Of rank 3 among 4.
+      assert not np.asarray(leaf[2][:, 3:]).any()
+
+
 def test_padding_stays_exactly_zero(trained, states):
   checked = 0
   for i, own in enumerate(states):

@@ -58,7 +58,8 @@ def block(module: type[nn.Module], policy: str, *, scanned: bool = True) -> Any:
 
   Args:
     scanned: whether a scan runs it, which by itself keeps XLA from merging a layer's computations
-      in the two passes, and so from keeping the weights that the first has decoded.
+      in the two passes, and so from keeping the weights that the first has decoded. Elsewhere the
+      policy does so, and those that keep products keep A and B as they are rounded for them too.
 
   Raises:
     ValueError: no such policy.
@@ -84,7 +85,7 @@ def _policy(name: str, scanned: bool) -> Callable[..., Any] | None:
     )
   names = _MLP_KEEPS if name == "mlp" else (*_MLP_KEEPS, WIDE)
   if not scanned:
-    # What is read of an adapter is read where it lies; a loop would copy either.
+    # In a loop they would be copied to a stack, and read again as the float32 ones are.
     names = (*names, ROUNDED)
   return jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(*names), _is_fused_attention

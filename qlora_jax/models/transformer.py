@@ -3,7 +3,8 @@
 B batch, T time, S cache slots, D model width, H heads, h head width, V vocabulary. What
 differs between families is data in TransformerConfig; how their files name things stands in
 `families`. Layers that differ from each other (sliding windows, rotary bases) do so by data
-that the scan reads: a model of 60 layers lowers to the same program as one of 12.
+that the scan reads: a model of 60 layers lowers to the same program as one of 12 (but where
+training is told to compute them in a row: `Transformer.unroll`).
 """
 
 import dataclasses
@@ -392,19 +393,27 @@ class _Layer(nn.Module):
     return self.layers(*operands)
 
 
-def _parts(variables: Any, length: int) -> list[Any]:
-  """A scan's variables, one tree for each layer."""
+def _parts(tree: Any, length: int) -> list[Any]:
+  """Stacks `[L, …]` as one tree for each layer."""
+  # Of a split, unlike of slices, the gradient is one concatenation.
+  leaves, structure = jax.tree.flatten(tree)
+  parts = [[part[0] for part in jax.lax.split(leaf, (1,) * length)] for leaf in leaves]
+  return [structure.unflatten(leaf[i] for leaf in parts) for i in range(length)]
 
-  def split(leaf: Any) -> list[Any]:
-    if isinstance(leaf, QuantizedTensor):
-      leaves, structure = jax.tree.flatten(leaf)
-      layers = map(structure.unflatten, zip(*map(split, leaves), strict=True))
-      return [stacked.remembering(layer, leaf, i) for i, layer in enumerate(layers)]
-    # Of a split, unlike of slices, the gradient is one concatenation.
-    return [part[0] for part in jax.lax.split(leaf, (1,) * length)]
 
-  leaves, structure = jax.tree.flatten(variables, lambda x: isinstance(x, QuantizedTensor))
-  return list(map(structure.unflatten, zip(*map(split, leaves), strict=True)))
+def _of_base(block: Any, index: int) -> Any:
+  """`block`, which takes its layer out of the base's stacks.
+
+  Within what a policy computes again: outside of it a slice would be a copy that is kept.
+  """
+
+  def layer(variables):
+    def leaf(w: Any) -> Any:
+      return stacked.layer_of(w, index)
+
+    return jax.tree.map(leaf, variables, is_leaf=lambda w: isinstance(w, QuantizedTensor))
+
+  return nn.map_variables(block, "frozen", layer)
 
 
 def _in_pairs(tree: Any) -> Any:
@@ -543,18 +552,20 @@ class Transformer(nn.Module):
   def _in_a_row(self, x, rotary, visible, kind):
     """As the scan over layers, of which each is traced for itself."""
     length = self.config.num_layers
-    block = remat.block(Block, self.remat, scanned=False)
-    layer = _Layer(block(self.config, self.dtype, *self._how, parent=None), parent=None)
-    kinds = [None] * length if kind is None else list(kind)
-    keys: Any = [None] * length
+    variables = self.layers.variables
+    own = {name: _parts(variables.get(name, {}), length) for name in ("params", "constants")}
+    keys = None
     if self.has_rng("dropout"):
       keys = jax.random.split(self.make_rng("dropout"), length)
-    for kind, key, variables in zip(
-      kinds, keys, _parts(self.layers.variables, length), strict=True
-    ):
-      rngs = None if key is None else {"dropout": key}
-      variables = {name: {"layers": tree} for name, tree in variables.items()}
-      (x, _), _ = layer.apply(variables, (x, None), rotary, visible, None, kind, None, rngs=rngs)  # pyright: ignore
+    for i in range(length):
+      block = remat.block(_of_base(Block, i), self.remat, scanned=False)
+      layer = _Layer(block(self.config, self.dtype, *self._how, parent=None), parent=None)
+      trees = {"frozen": variables.get("frozen", {}), **{name: own[name][i] for name in own}}
+      (x, _), _ = layer.apply(  # pyright: ignore
+        {name: {"layers": tree} for name, tree in trees.items()},
+        *((x, None), rotary, visible, None, None if kind is None else kind[i], None),
+        rngs=None if keys is None else {"dropout": keys[i]},
+      )
     return x
 
   def _positions(self, x, segment_ids, positions):

@@ -283,6 +283,7 @@ def test_dry_run_prints_and_makes_nothing(config, capsys, tmp_path, monkeypatch)
         "--workdir",
         str(workdir),
         "--dry_run",
+        "--config.model.unroll=True",
         "--config.model.attention=cudnn",
       ]
     )
@@ -297,6 +298,7 @@ def test_dry_run_prints_and_makes_nothing(config, capsys, tmp_path, monkeypatch)
   assert re.search(r"embed/embedding +256×32 +bfloat16$", printed, re.MULTILINE)
   for part in ("base", "adapters", "optimizer", "activations"):
     assert re.search(rf"^  {part} +[\d.]+ [kMG]B$", printed, re.MULTILINE)
+  assert "(model.unroll: counted as a loop over the layers)" in printed
   assert list(tmp_path.iterdir()) == []
 
 

@@ -109,8 +109,9 @@ class ModelConfig(_Section):
     attention: how it is computed; auto: by the fastest that serves the case.
     mlp_chunk: tokens of a row whose wide activations exist at once, at most, for long rows; None
       for all.
-    unroll: whether a training step computes its layers in a row, not in a loop: faster where remat
-      keeps much of each (elementwise), but compiled more slowly; of "full" it only takes memory.
+    unroll: whether a step that trains adapters computes its layers in a row, not in a loop: faster
+      where remat keeps much of each (elementwise), but compiled more slowly; of "full" it only
+      takes memory.
   """
 
   path: str | None = None

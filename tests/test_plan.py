@@ -74,6 +74,13 @@ def test_what_is_kept_is_the_compilers(policy):
   assert 1 - 3 / LAYERS < found / expected < 1 + 1 / LAYERS
 
 
+def test_a_loop_is_counted_whatever_the_models_form():
+  step, held = plan.Step(3, 128, "elementwise"), planner()
+  trees = (held.frozen, held.params, held._constants, {})
+  loop, row = (plan.Planner(MODEL.clone(unroll=unroll), *trees) for unroll in (False, True))
+  assert row.memory(step) == loop.memory(step) and loop.memory(step).kept > 0
+
+
 def test_what_waits_on_the_host():
   full, offload = memory("full"), memory("offload")
   assert full.host == 0

@@ -43,10 +43,15 @@ from qlora_jax.train import init_state, make_train_step
 
 ROWS = (
   "llama-1b:1x128:elementwise",
+  *(f"llama-1b:{trials}x128:elementwise:unroll" for trials in (1, 2, 4, 8, 16, 32, 64)),
   "llama-1b:32x128:elementwise",
+  "llama-1b:32x128:elementwise:unroll:r8",
+  "llama-1b:32x128:elementwise:unroll:r4",
   "llama-1b:1x512:elementwise",
-  "llama-1b:16x512:elementwise",
+  "llama-1b:1x512:elementwise:unroll",
+  "llama-1b:16x512:elementwise:unroll",
   "llama-8b:1x512:elementwise",
+  "llama-8b:8x512:elementwise:unroll",
   "llama-8b:8x512:elementwise",
 )
 

@@ -408,10 +408,11 @@ def _of_base(block: Any, index: int) -> Any:
   """
 
   def layer(variables):
-    def leaf(w: Any) -> Any:
-      return stacked.layer_of(w, index)
-
-    return jax.tree.map(leaf, variables, is_leaf=lambda w: isinstance(w, QuantizedTensor))
+    return jax.tree.map(
+      lambda w: stacked.layer_of(w, index),
+      variables,
+      is_leaf=lambda w: isinstance(w, QuantizedTensor),
+    )
 
   return nn.map_variables(block, "frozen", layer)
 

@@ -65,6 +65,10 @@ def test_what_is_not_counted_is_named(capsys):
   assert "evaluating 4 rows at a time takes 0.0" in text
   assert "attention is plain here" in text
   alone = ["--config.model.quantize=False", "--config.train.compare_16bit=False"]
+  assert "model.unroll" not in text
+  row = "--config.model.unroll=True"
+  assert plan.main([*ARGUMENTS, *alone, row, "--config.train.eval_batch_size=3"]) == 0
+  assert "bytes and times are those of a loop over the layers" in capsys.readouterr().out
   assert plan.main([*ARGUMENTS, *alone, "--config.train.eval_batch_size=3"]) == 0
   assert "not counted" not in capsys.readouterr().out.replace("which is not counted here", "")
 
@@ -106,13 +110,16 @@ def test_what_cannot_be_planned(argument, message, capsys):
     ([f"--fit={MEASURED}", "stray"], "'stray': not a flag"),
     (["--fit", "{other}"], "not what experiments.bench.train_step --out writes: 'rows'"),
     (["--fit", "{lacking}"], "tiny:1x2:none: its measures lack some of base_bytes, "),
+    (["--fit", "{row}"], "tiny:1x2:none:unroll: the plan counts a loop over the layers"),
     (["--fit", "{failed}"], "0 rows do not determine three constants"),
   ],
 )
 def test_what_cannot_be_fitted(words, message, tmp_path, capsys):
+  whole = {"device": "x", "base_bytes": 1, "temporary_bytes": 1, "step_seconds": [1.0]}
   files = {
     "other": ["rows"],
     "lacking": [{"row": "tiny:1x2:none", "ours": {"device": "x"}}],
+    "row": [{"row": "tiny:1x2:none:unroll", "ours": whole}],
     "failed": [{"row": "tiny:1x2:none", "ours": {"error": "x"}}],
   }
   for name, content in files.items():

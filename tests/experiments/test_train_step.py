@@ -1,12 +1,14 @@
 """The benchmark of a whole train step, at toy size, and what a run does with remat "auto"."""
 
 import json
+import types
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import trial
+from experiments import trial, trial_group
 from experiments.bench import train_step
 from qlora_jax import config as config_lib
 from qlora_jax import data
@@ -136,3 +138,29 @@ def test_auto_trains_by_the_step_that_it_compiled(tmp_path, monkeypatch):
   policy = trial._fastest_remat(config, model, None, arguments, tmp_path, shared)
   trial._train_step(config, model.clone(remat=policy), None, shared)
   assert made == ["mlp"]
+
+
+def test_layers_in_a_row_are_a_step_of_its_own(tmp_path, monkeypatch):
+  made = []
+  monkeypatch.setattr(
+    trial, "make_train_step", lambda model, *_: made.append(model.unroll) or model
+  )
+  monkeypatch.setattr(trial.memory, "fastest_remat", lambda make, *_: (make("mlp").remat, {}))
+  monkeypatch.setattr(
+    trial_group.trial_groups, "make_group_step", lambda model, *_: made.append(model.unroll)
+  )
+  model, shared = Transformer(train_step.architecture("tiny")), trial.Shared()
+  arguments = ({"a": np.zeros(3, np.float32)},)
+  for unroll in (False, True):
+    named = draft()
+    named.model.unroll = unroll
+    config = config_lib.from_config_dict(named)
+    # Of two trials of one process, each has found for itself what remat "auto" stands for.
+    directory = tmp_path / str(unroll)
+    directory.mkdir()
+    trial._fastest_remat(config, model, None, arguments, directory, shared)
+    training: Any = types.SimpleNamespace(config=config, model=model)
+    trial_group._step(training, shared)
+  assert made == [False, False, True, True]
+  row = train_step.Row.parse("tiny:1x16:mlp:unroll")
+  assert train_step._model(row).unroll and not train_step.Row.parse("tiny:1x16:mlp").unroll

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.bench import trial_groups
+from experiments.bench import train_step, trial_groups
 
 
 def test_a_row_is_read():
@@ -16,6 +16,17 @@ def test_a_row_is_read():
   assert trial_groups.Row.parse("tiny:1x128:none:f32").single != one.single
   for text in trial_groups.ROWS:
     trial_groups.Row.parse(text)
+
+
+@pytest.mark.parametrize("trials", [1, 2])
+def test_a_row_whose_layers_are_in_a_row(trials):
+  def layers(option):
+    row = trial_groups.Row.parse(f"tiny:{trials}x16:elementwise:r2:c8:f32{option}")
+    step, arguments = trial_groups.build(row)
+    return str(step.trace(*arguments).jaxpr).count("prevent_cse=True")
+
+  assert layers("") == 0
+  assert layers(":unroll") == train_step.architecture("tiny").num_layers
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,16 @@ def test_a_group_is_compared_with_the_fastest_trial_before_it(monkeypatch, capsy
     }
 
   monkeypatch.setattr(trial_groups.train_step, "child", child)
+  asked = []
+  monkeypatch.setattr(
+    trial_groups.train_step, "peer", lambda row: asked.append(row) or {"error": "none here"}
+  )
+  rows = ["tiny:1x16:none", "tiny:1x16:none:unroll", "tiny:1x32:none"]
+  speeds |= {"1x16:none:unroll": 90.0, "1x32:none": 1.0}
+  assert trial_groups.main([*rows, "--peer"]) == 0
+  assert [row.seq_len for row in asked] == [16, 32]
+  capsys.readouterr()
+  speeds = {row: speed for row, speed in speeds.items() if f"tiny:{row}" not in rows[1:]}
   assert trial_groups.main([f"tiny:{row}" for row in speeds]) == 0
   ratios = [line.split()[3] for line in capsys.readouterr().out.splitlines()]
   assert ratios == ["1.00×", "0.50×", "3.00×", "1.00×"]

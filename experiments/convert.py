@@ -263,10 +263,16 @@ def _logits(model: Any, frozen: Any, params: Any, constants: Any) -> Any:
 
 
 def _shift(live: Any, other: Any) -> str:
+  import jax
   import jax.numpy as jnp
 
-  moved = float(jnp.abs(live - other).max())
-  return f"logits of a sample move by up to {moved:.3g} (their standard deviation {live.std():.3g})"
+  # Compiled: nothing as large as the logits is made, and what gave them may not be freed yet.
+  @jax.jit
+  def statistics(live: Any, other: Any) -> Any:
+    return jnp.abs(live - other).max(), live.std()
+
+  moved, std = statistics(live, other)
+  return f"logits of a sample move by up to {moved:.3g} (their standard deviation {std:.3g})"
 
 
 def _size(nbytes: int) -> str:

@@ -126,13 +126,13 @@ def logits(
   def ends(path: str) -> bool:
     return not tree_paths.is_stacked(path) and (config.tie_embeddings or not embeds(path))
 
-  # Each waits, so that what is read next is not held beside what was read before.
+  # Each waits, so that what comes next is not held beside what was read before.
   x = jax.block_until_ready(_embed(model, variables(embeds), tokens))
   for layer, kind in enumerate(config.kind_of_layer):
     one = dataclasses.replace(config, num_layers=1, layer_pattern=(config.kinds[kind],))
     own = model.clone(config=one)
     x = jax.block_until_ready(_blocks(own, variables(tree_paths.is_stacked, layer), x))
-  return _head(model, variables(ends), x)
+  return jax.block_until_ready(_head(model, variables(ends), x))
 
 
 def _method(method: Callable) -> Callable:
